@@ -1,0 +1,1 @@
+"""The vocabulary every other part speaks. Imports torch and nothing else."""

@@ -1,0 +1,164 @@
+r"""Exact softmax attention in plain torch, in query chunks: any mask, any device, gradients, and its log-sum-exp.
+
+    out_i = sum_j softmax_j(scale q_i . k_j) v_j,    lse_i = log sum_j exp(scale q_i . k_j)
+
+A query without a key gives out 0 and lse -inf. Causal masks are aligned to the lower right: query i of N sees keys up
+to i + M - N.
+
+Axes: B batch, H query heads, G key/value heads (G divides H), N queries, M keys, D head width, E value width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkv.core.errors import InvalidInput
+
+CHUNK_ELEMENTS = 1 << 24  # logits held at once (64 MiB in float32)
+
+
+class Attended(NamedTuple):
+    """out ``[B, H, N, E]``, lse ``[B, H, N]`` (float32 or wider), mass ``[B, H, M]`` or None: see `attend`."""
+
+    out: Tensor
+    lse: Tensor
+    mass: Tensor | None
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, who: str = "attention") -> None:
+    """Raise `InvalidInput` unless q ``[B, H, N, D]``, k ``[B, G, M, D]`` and v ``[B, G, M, E]`` fit together."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        raise InvalidInput(f"{who}: expected four axes [B, H, N, D]; got {shapes}")
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        raise InvalidInput(f"{who}: an axis is empty: {shapes}")
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
+        raise InvalidInput(f"{who}: expected q [B, H, N, D], k [B, G, M, D], v [B, G, M, E]; got {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise InvalidInput(f"{who}: {q.shape[1]} query heads do not divide over {k.shape[1]} key/value heads ({shapes})")
+    if causal and q.shape[2] > k.shape[2]:
+        raise InvalidInput(f"{who}: causal attention needs N <= M, got N={q.shape[2]} > M={k.shape[2]}: the first "
+                           "queries would have no key")  # fmt: skip
+    if len({q.dtype, k.dtype, v.dtype}) > 1 or not q.is_floating_point():
+        raise InvalidInput(f"{who}: q, k, v need one floating-point dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if len({q.device, k.device, v.device}) > 1:
+        raise InvalidInput(f"{who}: q, k, v lie on different devices: {q.device}, {k.device}, {v.device}")
+
+
+def check_finite(who: str, **tensors: Tensor) -> None:
+    """Raise `InvalidInput` naming the first tensor that holds NaN or infinity."""
+    for name, x in tensors.items():
+        if not bool(torch.isfinite(x).all()):
+            raise InvalidInput(f"{who}: {name} holds NaN or infinite values")
+
+
+def causal_mask(n: int, m: int, device: torch.device, start: int = 0, rows: int | None = None) -> Tensor:
+    """Lower-right aligned causal mask ``[rows, M]`` of the queries start .. start + rows of N."""
+    i = torch.arange(start, start + (n if rows is None else rows), device=device)[:, None]
+    return torch.arange(m, device=device)[None, :] <= i + (m - n)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    mass: bool = False,
+    mass_rows: Tensor | None = None,
+) -> Attended:
+    """Exact attention with its lse, holding at most one chunk of the score matrix.
+
+    q: ``[B, H, N, D]``; k: ``[B, G, M, D]``; v: ``[B, G, M, E]``. mask: bool, broadcastable to ``[B, H, N, M]`` or to
+    ``[B, G, N, M]``, True = may attend; combined with `causal`. scale: default D^-0.5. mass: also return, per key, the
+    attention it drew in all (sum over queries); mass_rows ``[B, N]`` bool restricts that sum to some queries.
+    Softmax runs in float32 (float64 for float64 inputs). Raises `InvalidInput`.
+    """
+    check_qkv(q, k, v, causal=causal)
+    b, h, n, d = q.shape
+    g, m = k.shape[1:3]
+    r = h // g
+    scale = d**-0.5 if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if mask is not None:
+        mask = _grouped(mask, b, h, g, n, m)
+    qg = q.reshape(b, g, r, n, d)
+    kt = k.unsqueeze(2).mT  # [B, G, 1, D, M]
+    rows = max(1, min(n, CHUNK_ELEMENTS // max(1, b * h * m)))
+    outs, lses, drawn = [], [], None
+    for start in range(0, n, rows):
+        stop = min(n, start + rows)
+        logits = ((qg[:, :, :, start:stop] * scale) @ kt).to(wide)  # [B, G, R, C, M]
+        allowed = None if mask is None else (mask if mask.shape[-2] == 1 else mask[..., start:stop, :])
+        if causal:
+            c = causal_mask(n, m, q.device, start, stop - start)
+            allowed = c if allowed is None else allowed & c
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        lse = logits.logsumexp(-1)  # [B, G, R, C]
+        probs = (logits - torch.where(torch.isfinite(lse), lse, 0.0).unsqueeze(-1)).exp()
+        outs.append((probs.to(v.dtype) @ v.unsqueeze(2)).reshape(b, h, stop - start, -1))
+        lses.append(lse.reshape(b, h, -1))
+        if mass:
+            p = probs if mass_rows is None else probs * mass_rows[:, None, None, start:stop, None]
+            part = p.sum(-2).reshape(b, h, m)
+            drawn = part if drawn is None else drawn + part
+    return Attended(torch.cat(outs, 2), torch.cat(lses, 2), drawn)
+
+
+def _grouped(mask: Tensor, b: int, h: int, g: int, n: int, m: int) -> Tensor:
+    """A mask broadcastable to ``[B, G, R, N, M]`` from one for query heads, key heads or all heads."""
+    if mask.dtype != torch.bool:
+        raise InvalidInput(f"attention: mask must be bool (True = may attend), got {mask.dtype}")
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0)
+    ok = all(s in (1, t) for s, t in zip((mask.shape[0], *mask.shape[2:]), (b, n, m), strict=True))
+    if not ok or mask.shape[1] not in (1, g, h):
+        raise InvalidInput(f"attention: mask {tuple(mask.shape)} does not broadcast to {(b, h, n, m)} or {(b, g, n, m)}")
+    if mask.shape[1] == h and h != g:
+        return mask.reshape(mask.shape[0], g, h // g, *mask.shape[2:])
+    return mask.unsqueeze(2)
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Exact attention by torch's fused kernels where their semantics are ours; same arguments as `attend`.
+
+    One query per row packs the heads of a group instead of repeating keys and values. Rows without a key give 0.
+    """
+    b, h, n, d = q.shape
+    g, m = k.shape[1:3]
+    if mask is not None and mask.ndim < 4:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    if causal and n > 1 and (m != n or mask is not None):
+        c = causal_mask(n, m, q.device)
+        mask, causal = (c[None, None] if mask is None else mask & c), False
+    causal = causal and n > 1
+    if n == 1 and h != g:
+        if mask is not None and mask.shape[1] == h:
+            mask = mask.reshape(mask.shape[0], g, h // g, m)
+        out = F.scaled_dot_product_attention(q.reshape(b, g, h // g, d), k, v, attn_mask=mask, scale=scale,
+                                             dropout_p=dropout)  # fmt: skip
+        out = out.reshape(b, h, 1, -1)
+        empty = None if mask is None else ~mask.any(-1, keepdim=True)
+        if empty is not None:
+            empty = empty.reshape(b, h, 1, 1) if empty.shape[-2] != 1 else empty.repeat_interleave(
+                h // empty.shape[1] if empty.shape[1] > 1 else 1, 1)  # fmt: skip
+    else:
+        if mask is not None and mask.shape[1] == g and g not in (1, h):
+            mask = mask.repeat_interleave(h // g, 1)
+        gqa = h != g and q.is_cuda and mask is None and k.shape[-1] == v.shape[-1]
+        if h != g and not gqa:
+            k, v = k.repeat_interleave(h // g, 1), v.repeat_interleave(h // g, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
+                                             dropout_p=dropout, enable_gqa=gqa)  # fmt: skip
+        empty = None if mask is None else ~mask.any(-1, keepdim=True)
+    return out if empty is None else out.masked_fill(empty, 0.0)

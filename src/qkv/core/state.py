@@ -1,0 +1,66 @@
+"""Explicit state of a recurrent operator: goes in, comes out, is never hidden on ``self``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from qkv.core.errors import StateError
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class State:
+    """Named tensors with batch first, owned by one operator.
+
+    owner: id of the operator that made it; another operator refuses it. tensors: name -> tensor ``[B, ...]``.
+    seen: tokens absorbed so far.
+    """
+
+    owner: str
+    tensors: dict[str, Tensor]
+    seen: int = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def of(self, owner: str, **shapes: tuple[int, ...]) -> State:
+        """Itself, after checking that it belongs to `owner` and that the named tensors have the given shapes."""
+        if self.owner != owner:
+            raise StateError(f"{owner} was given the state of {self.owner!r}; pass a state that {owner} returned")
+        for name, shape in shapes.items():
+            got = tuple(self.tensors[name].shape) if name in self.tensors else None
+            if got != tuple(shape):
+                raise StateError(f"{owner}: state {name!r} has shape {got}, expected {tuple(shape)} for these inputs")
+        return self
+
+    def index(self, rows: Tensor) -> State:
+        """The state of the batch rows `rows` ``[B']`` (beams reorder or repeat rows)."""
+        return State(self.owner, {k: t.index_select(0, rows.to(t.device)) for k, t in self.tensors.items()}, self.seen)
+
+    def crop(self, tokens: int) -> State:
+        """Refused: a recurrent state has folded its tokens in. Keep a copy from before instead."""
+        if tokens == 0:
+            return self
+        raise StateError(f"{self.owner}: {tokens} tokens cannot be taken out of a recurrent state; keep an earlier "
+                         "state (states are immutable values) and feed the kept tokens again")  # fmt: skip
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held by the tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def to(self, *args: Any, **kwargs: Any) -> State:
+        """As `torch.Tensor.to`, for every tensor."""
+        return State(self.owner, {k: t.to(*args, **kwargs) for k, t in self.tensors.items()}, self.seen)
+
+    def equal(self, other: State) -> bool:
+        """Bitwise equality."""
+        return (self.owner, self.seen, self.tensors.keys()) == (other.owner, other.seen, other.tensors.keys()) and all(
+            torch.equal(t, other.tensors[k]) for k, t in self.tensors.items()
+        )
+
+
