@@ -52,6 +52,7 @@ class Spec:
     itself ``"baseline"``. source: how sure the definition is (``code``, ``paper``, ``abstract``, ``baseline``).
     summary: what it does, one sentence. limits: see `Limit`. deviations: see `Deviation`.
     shown: what its real-input check is expected to show, one sentence. honest: its known limit, one sentence.
+    trials: the settings at which the laws run; add small ones where small inputs would not reach every branch.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Spec:
     deviations: tuple[Deviation, ...] = ()
     shown: str = ""
     honest: str = ""
+    trials: tuple[Mapping[str, Any], ...] = ({},)
     kind: ClassVar[str] = ""
     config: type[Method] = dataclasses.field(default=None, compare=False, repr=False)  # type: ignore[assignment]
 
