@@ -1,9 +1,9 @@
-r"""Exact softmax attention in plain torch, in query chunks: any mask, any device, gradients, and its log-sum-exp.
+r"""Exact softmax attention in plain torch, in query chunks: any mask, any device, with its lse.
 
     out_i = sum_j softmax_j(scale q_i . k_j) v_j,    lse_i = log sum_j exp(scale q_i . k_j)
 
-A query without a key gives out 0 and lse -inf. Causal masks are aligned to the lower right: query i of N sees keys up
-to i + M - N.
+A query without a key gives out 0 and lse -inf. Causal masks are aligned to the lower right: query i of N sees
+keys up to i + M - N.
 
 Axes: B batch, H query heads, G key/value heads (G divides H), N queries, M keys, D head width, E value width.
 """
@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 1 << 24  # logits held at once (64 MiB in float32)
 
 
 class Attended(NamedTuple):
-    """out ``[B, H, N, E]``, lse ``[B, H, N]`` (float32 or wider), mass ``[B, H, M]`` or None: see `attend`."""
+    """out ``[B, H, N, E]``, lse ``[B, H, N]`` in float32 or wider, mass ``[B, H, M]`` or None."""
 
     out: Tensor
     lse: Tensor
@@ -30,7 +30,7 @@ class Attended(NamedTuple):
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, who: str = "attention") -> None:
-    """Raise `InvalidInput` unless q ``[B, H, N, D]``, k ``[B, G, M, D]`` and v ``[B, G, M, E]`` fit together."""
+    """Raise `InvalidInput` unless q ``[B, H, N, D]``, k ``[B, G, M, D]``, v ``[B, G, M, E]`` fit."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not (q.ndim == k.ndim == v.ndim == 4):
         raise InvalidInput(f"{who}: expected four axes [B, H, N, D]; got {shapes}")
@@ -39,12 +39,14 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, who: str
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
         raise InvalidInput(f"{who}: expected q [B, H, N, D], k [B, G, M, D], v [B, G, M, E]; got {shapes}")
     if q.shape[1] % k.shape[1]:
-        raise InvalidInput(f"{who}: {q.shape[1]} query heads do not divide over {k.shape[1]} key/value heads ({shapes})")
+        raise InvalidInput(f"{who}: {q.shape[1]} query heads do not divide over {k.shape[1]} key/value heads "
+                           f"({shapes})")
     if causal and q.shape[2] > k.shape[2]:
-        raise InvalidInput(f"{who}: causal attention needs N <= M, got N={q.shape[2]} > M={k.shape[2]}: the first "
-                           "queries would have no key")  # fmt: skip
+        raise InvalidInput(f"{who}: causal attention needs N <= M, got N={q.shape[2]} > M={k.shape[2]}: "
+                           "the first queries would have no key")  # fmt: skip
     if len({q.dtype, k.dtype, v.dtype}) > 1 or not q.is_floating_point():
-        raise InvalidInput(f"{who}: q, k, v need one floating-point dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise InvalidInput(f"{who}: q, k, v need one floating-point dtype; got {q.dtype}, {k.dtype}, "
+                           f"{v.dtype}")
     if len({q.device, k.device, v.device}) > 1:
         raise InvalidInput(f"{who}: q, k, v lie on different devices: {q.device}, {k.device}, {v.device}")
 
@@ -75,10 +77,10 @@ def attend(
 ) -> Attended:
     """Exact attention with its lse, holding at most one chunk of the score matrix.
 
-    q: ``[B, H, N, D]``; k: ``[B, G, M, D]``; v: ``[B, G, M, E]``. mask: bool, broadcastable to ``[B, H, N, M]`` or to
-    ``[B, G, N, M]``, True = may attend; combined with `causal`. scale: default D^-0.5. mass: also return, per key, the
-    attention it drew in all (sum over queries); mass_rows ``[B, N]`` bool restricts that sum to some queries.
-    Softmax runs in float32 (float64 for float64 inputs). Raises `InvalidInput`.
+    q: ``[B, H, N, D]``; k: ``[B, G, M, D]``; v: ``[B, G, M, E]``. mask: bool, broadcastable to ``[B, H, N,
+    M]`` or to ``[B, G, N, M]``, True = may attend; combined with `causal`. scale: default D^-0.5. mass: also
+    return, per key, the attention it drew in all (sum over queries); mass_rows ``[B, N]`` bool restricts that
+    sum to some queries. Softmax runs in float32 (float64 for float64 inputs). Raises `InvalidInput`.
     """
     check_qkv(q, k, v, causal=causal)
     b, h, n, d = q.shape
@@ -120,19 +122,21 @@ def _grouped(mask: Tensor, b: int, h: int, g: int, n: int, m: int) -> Tensor:
         mask = mask.unsqueeze(0)
     ok = all(s in (1, t) for s, t in zip((mask.shape[0], *mask.shape[2:]), (b, n, m), strict=True))
     if not ok or mask.shape[1] not in (1, g, h):
-        raise InvalidInput(f"attention: mask {tuple(mask.shape)} does not broadcast to {(b, h, n, m)} or {(b, g, n, m)}")
+        raise InvalidInput(f"attention: mask {tuple(mask.shape)} does not broadcast to {(b, h, n, m)} or "
+                           f"{(b, g, n, m)}")
     if mask.shape[1] == h and h != g:
         return mask.reshape(mask.shape[0], g, h // g, *mask.shape[2:])
     return mask.unsqueeze(2)
 
 
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float | None = None,
-    dropout: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False,
+    scale: float | None = None, dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Exact attention by torch's fused kernels where their semantics are ours; same arguments as `attend`.
 
-    One query per row packs the heads of a group instead of repeating keys and values. Rows without a key give 0.
+    One query per row packs the heads of a group instead of repeating keys and values. Rows without a key
+    give 0.
     """
     b, h, n, d = q.shape
     g, m = k.shape[1:3]

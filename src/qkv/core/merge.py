@@ -20,8 +20,8 @@ from qkv.core.errors import InvalidInput
 def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Exact attention over the union of the parts' keys.
 
-    parts: pairs of out ``[B, H, N, E]`` and natural-log lse ``[B, H, N]``. Returns the same pair. Gradients flow
-    through both. Raises `InvalidInput` without parts or on shapes that differ.
+    parts: pairs of out ``[B, H, N, E]`` and natural-log lse ``[B, H, N]``. Returns the same pair. Gradients
+    flow through both. Raises `InvalidInput` without parts or on shapes that differ.
     """
     if not parts:
         raise InvalidInput("merge needs at least one (out, lse) pair")
@@ -41,4 +41,5 @@ def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def _check(parts: Iterable[tuple[Tensor, Tensor]]) -> None:
     shapes = {(tuple(out.shape), tuple(lse.shape)) for out, lse in parts}
     if len(shapes) != 1 or any(o[:-1] != l for o, l in shapes):
-        raise InvalidInput(f"merge needs parts of one shape, out [B, H, N, E] and lse [B, H, N]; got {sorted(shapes)}")
+        raise InvalidInput("merge needs parts of one shape, out [B, H, N, E] and lse [B, H, N]; got "
+                           f"{sorted(shapes)}")

@@ -1,11 +1,11 @@
-"""Operators: what is computed from q, k, v and named extras. One file gives the definition and its faster forms."""
+"""Operators: what is computed from q, k, v and named extras; one file gives the definition and fast forms."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,14 +16,17 @@ from qkv.core.errors import InvalidInput, Refused, UnknownName
 from qkv.core.spec import Extra, Method, Spec, near
 from qkv.core.state import State
 
+Form = Literal["auto", "reference", "fast", "kernel"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorSpec(Spec):
     """Facts about an operator.
 
-    reference: the definition, short and slow. fast: the same map, any device. step: one token, state in, state out.
-    Each takes ``(q, k, v, *, scale, <extras>, <parameters>)`` and, as the capabilities below say, ``causal``, ``padding``,
-    ``initial_state`` and ``return_state``; with ``return_state`` it returns ``(out, State)``.
+    reference: the definition, short and slow. fast: the same map, any device. step: one token, state in,
+    state out. Each takes ``(q, k, v, *, scale, <extras>, <parameters>)`` and, as the capabilities below say,
+    ``causal``, ``padding``, ``initial_state`` and ``return_state``; with ``return_state`` it returns ``(out,
+    State)``.
 
     causal: ``only`` (always causal), ``never`` (always bidirectional), ``both`` (keyword ``causal``).
     padding: takes ``padding`` ``[B, M]`` bool, True = real token. gqa: G may be smaller than H.
@@ -54,20 +57,20 @@ class Operator(Method):
 
     spec: ClassVar[OperatorSpec]
 
-    def form(self, name: Literal["auto", "reference", "fast", "kernel"], device: torch.device) -> Callable[..., Any]:
+    def form(self, name: Form, device: torch.device) -> Callable[..., Any]:
         """The function behind a form; ``auto`` is the kernel on CUDA where there is one, else ``fast``."""
         if name == "auto":
             name = "kernel" if self.spec.kernel and device.type == "cuda" else "fast"
         if name == "kernel":
             return load_kernel(self.spec)
         if name not in ("reference", "fast"):
-            raise UnknownName(f"{self.id} has no form {name!r}{near(name, ('auto', 'reference', 'fast', 'kernel'))}")
+            raise UnknownName(f"{self.id} has no form {name!r}{near(name, get_args(Form))}")
         return getattr(self.spec, name)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool | None = None, padding: Tensor | None = None,
         scale: float | None = None, initial_state: State | None = None, return_state: bool = False,
-        form: Literal["auto", "reference", "fast", "kernel"] = "auto", **extras: Any,
+        form: Form = "auto", **extras: Any,
     ) -> Any:  # fmt: skip
         """See `attention`."""
         spec = self.spec
@@ -79,7 +82,7 @@ class Operator(Method):
             raise Refused(f"{self.id} is causal by definition; it has no bidirectional form")
         check_qkv(q, k, v, causal=causal, who=self.id)
         if not spec.cross and q.shape[2] != k.shape[2]:
-            raise InvalidInput(f"{self.id} is a self-attention: N={q.shape[2]} and M={k.shape[2]} must be equal")
+            raise InvalidInput(f"{self.id} is a self-attention: N={q.shape[2]} and M={k.shape[2]} must agree")
         if not spec.gqa and q.shape[1] != k.shape[1]:
             raise InvalidInput(f"{self.id} needs as many key/value heads as query heads; got H={q.shape[1]}, "
                                f"G={k.shape[1]}: repeat keys and values first")  # fmt: skip
@@ -90,8 +93,8 @@ class Operator(Method):
             if not spec.padding:
                 raise Refused(f"{self.id} has no padded form; pass each row alone")
             if padding.dtype != torch.bool or padding.shape != (k.shape[0], k.shape[2]):
-                raise InvalidInput(f"{self.id}: padding must be bool [B, M] = {(k.shape[0], k.shape[2])}, True = real "
-                                   f"token; got {padding.dtype} {tuple(padding.shape)}")  # fmt: skip
+                raise InvalidInput(f"{self.id}: padding must be bool [B, M] = {(k.shape[0], k.shape[2])}, "
+                                   f"True = real token; got {padding.dtype} {tuple(padding.shape)}")
             call["padding"] = padding
             q, k, v = (x.masked_fill(~padding[:, None, -x.shape[2]:, None], 0.0) for x in (q, k, v))
         check_finite(self.id, q=q, k=k, v=v)
@@ -120,8 +123,8 @@ class Operator(Method):
                 continue
             shapes = [tuple(sizes[a] for a in axes) for axes in extra.axes.split("|")]
             if tuple(x.shape) not in shapes:
-                raise InvalidInput(f"{self.id}: `{name}` has shape {tuple(x.shape)}; expected axes {extra.axes} = "
-                                   f"{' or '.join(map(str, shapes))}")  # fmt: skip
+                raise InvalidInput(f"{self.id}: `{name}` has shape {tuple(x.shape)}; expected axes "
+                                   f"{extra.axes} = {' or '.join(map(str, shapes))}")  # fmt: skip
             if x.device != q.device:
                 raise InvalidInput(f"{self.id}: `{name}` lies on {x.device}, q on {q.device}")
             check_finite(self.id, **{name: x})
@@ -140,22 +143,23 @@ def load_kernel(spec: OperatorSpec) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise MissingDependency(f"{spec.id}: its kernel needs Triton ({error}); install 'triton' on Linux, or use "
-                                "form='fast'") from error  # fmt: skip
+        raise MissingDependency(f"{spec.id}: its kernel needs Triton ({error}); install 'triton' on Linux, "
+                                "or use form='fast'") from error  # fmt: skip
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, method: str | Operator = "full", **inputs: Any) -> Any:
     """Any operator as a plain function.
 
-    q: ``[B, H, N, D]``; k: ``[B, G, M, D]``; v: ``[B, G, M, E]`` -> ``[B, H, N, E]``. method: an operator's id (with
-    settings, ``"gla:chunk_size=32"``) or configuration. inputs: the operator's extras by name, and ``causal``,
-    ``padding`` ([B, M] bool, True = real), ``scale``, ``initial_state``, ``return_state`` (then ``(out, State)`` comes
-    back), ``form`` (``auto``, ``reference``, ``fast``, ``kernel``). Raises `UnknownName`, `InvalidInput`, `Refused`.
+    q: ``[B, H, N, D]``; k: ``[B, G, M, D]``; v: ``[B, G, M, E]`` -> ``[B, H, N, E]``. method: an operator's
+    id (with settings, ``"gla:chunk_size=32"``) or configuration. inputs: the operator's extras by name, and
+    ``causal``, ``padding`` ([B, M] bool, True = real), ``scale``, ``initial_state``, ``return_state`` (then
+    ``(out, State)`` comes back), ``form`` (``auto``, ``reference``, ``fast``, ``kernel``). Raises
+    `UnknownName`, `InvalidInput`, `Refused`.
     """
     chosen = registry.method(method) if isinstance(method, str) else method
     if not isinstance(chosen, Operator):
-        raise Refused(f"{chosen.id} is of kind {chosen.spec.kind}, not an operator; `qkv.methods(kind='operator')` lists "
-                      "what `attention` can compute")  # fmt: skip
+        raise Refused(f"{chosen.id} is of kind {chosen.spec.kind}, not an operator; "
+                      "`qkv.methods(kind='operator')` lists what `attention` can compute")  # fmt: skip
     return chosen(q, k, v, **inputs)
 
 

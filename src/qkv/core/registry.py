@@ -1,4 +1,4 @@
-"""Finds methods by folder: one file is one method, named by its id (``-`` becomes ``_``). There is no list to edit."""
+"""Finds methods by folder: one file is one method, named by its id (``-`` becomes ``_``); no list to edit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def _files() -> dict[str, str]:
                 continue
             name = info.name.replace("_", "-")
             if name in out:
-                raise ImportError(f"two files claim the method id {name!r}: {out[name]} and {package}.{info.name}")
+                raise ImportError(f"two files claim the method id {name!r}: {out[name]} and "
+                                  f"{package}.{info.name}")
             out[name] = f"{package}.{info.name}"
     return out
 
@@ -40,11 +41,12 @@ def _files() -> dict[str, str]:
 def _method_class(module: ModuleType) -> type[Method]:
     found = [
         x for x in vars(module).values()
-        if isinstance(x, type) and issubclass(x, Method) and x.__module__ == module.__name__ and "spec" in x.__dict__
+        if isinstance(x, type) and issubclass(x, Method) and x.__module__ == module.__name__
+        and "spec" in x.__dict__
     ]  # fmt: skip
     if len(found) != 1:
         names = ", ".join(c.__name__ for c in found) or "none"
-        raise ImportError(f"{module.__name__} must define exactly one method class with a `spec`; found: {names}")
+        raise ImportError(f"{module.__name__} must define one method class with a `spec`; found: {names}")
     return found[0]
 
 
@@ -76,8 +78,8 @@ def methods(kind: str | None = None) -> list[Spec]:
 def method(name: str, /, **parameters: Any) -> Method:
     """A frozen configuration of the method `name`.
 
-    `name` may carry settings in the command line's form (``"h2o:budget=0.25"``); keyword parameters win over them.
-    Raises `UnknownName` (with the nearest valid names) and `InvalidParameter`.
+    `name` may carry settings in the command line's form (``"h2o:budget=0.25"``); keyword parameters win over
+    them. Raises `UnknownName` (with the nearest valid names) and `InvalidParameter`.
     """
     if isinstance(name, Method):
         return name.replace(**parameters) if parameters else name
@@ -94,8 +96,11 @@ def from_dict(data: Any) -> Method:
     values = data.get("parameters", {})
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise SavedDataError(f"{data['id']}: 'parameters' must be an object; got {type(values).__name__}")
-    values = {k: from_dict(v) if isinstance(v, dict) and set(v) == {"id", "parameters"} else v for k, v in values.items()}
-    return method(data["id"], **values)
+    return method(data["id"], **{name: _nested(value) for name, value in values.items()})
+
+
+def _nested(value: Any) -> Any:
+    return from_dict(value) if isinstance(value, dict) and set(value) == {"id", "parameters"} else value
 
 
 def load_file(path: str | Path) -> type[Method]:

@@ -1,7 +1,7 @@
 """What a method is: a frozen, validated, JSON-serialisable configuration with a class-level specification.
 
-A method file ends in one frozen dataclass that derives from a kind's base class (`Operator`, `Policy`, ...) and carries
-a `spec`. Everything else reads from it: command line, laws, bench, docs and error messages.
+A method file ends in one frozen dataclass that derives from a kind's base class (`Operator`, `Policy`, ...)
+and carries a `spec`. Everything else reads from it: command line, laws, bench, docs and error messages.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ KINDS = (
 class Limit:
     """A setting at which a method equals another one; it ties the methods together and is checked as a law.
 
-    parameters: the setting, e.g. ``{"budget": 1.0}``. equals: id of the other method. says: one sentence for readers.
+    parameters: the setting, e.g. ``{"budget": 1.0}``. equals: id of the other method. says: one sentence for
+    readers.
     """
 
     equals: str
@@ -48,11 +49,12 @@ class Deviation:
 class Spec:
     """The facts about a method that do not depend on its parameters.
 
-    id: registry name, equal to the file name with ``-`` for ``_``. title, paper: as published; a plain baseline names
-    itself ``"baseline"``. source: how sure the definition is (``code``, ``paper``, ``abstract``, ``baseline``).
-    summary: what it does, one sentence. limits: see `Limit`. deviations: see `Deviation`.
-    shown: what its real-input check is expected to show, one sentence. honest: its known limit, one sentence.
-    trials: the settings at which the laws run; add small ones where small inputs would not reach every branch.
+    id: registry name, equal to the file name with ``-`` for ``_``. title, paper: as published; a plain
+    baseline names itself ``"baseline"``. source: how sure the definition is (``code``, ``paper``,
+    ``abstract``, ``baseline``). summary: what it does, one sentence. limits: see `Limit`. deviations: see
+    `Deviation`. shown: what its real-input check is expected to show, one sentence. honest: its known limit,
+    one sentence. trials: the settings at which the laws run; add small ones where small inputs would not
+    reach every branch.
     """
 
     id: str
@@ -78,7 +80,7 @@ class Spec:
         return {
             "id": self.id, "kind": self.kind, "title": self.title, "paper": self.paper, "source": self.source,
             "summary": self.summary, "shown": self.shown, "honest": self.honest,
-            "limits": [{"equals": x.equals, "parameters": dict(x.parameters), "says": x.says} for x in self.limits],
+            "limits": [dataclasses.asdict(x) for x in self.limits],
             "deviations": [{"law": x.law, "reason": x.reason} for x in self.deviations],
             "parameters": [p.to_dict() for p in self.parameters],
         }  # fmt: skip
@@ -111,25 +113,28 @@ def param(
     high: float | None = None,
     choices: Iterable[Any] | None = None,
 ) -> Any:
-    """A parameter of a method: its default, one line of documentation with units, and its valid range (inclusive)."""
+    """A parameter of a method: its default, one line of documentation with units, its range (inclusive)."""
     meta = {"doc": doc, "low": low, "high": high, "choices": tuple(choices) if choices is not None else None}
     return field(default=default, metadata={"qkv": meta})
 
 
 def budget_param(default: float | int, doc: str = "") -> Any:
-    """The `budget` that means the same in every method: an int is tokens, a float in (0, 1] the share kept."""
+    """The `budget` that means the same in every method: an int is tokens, a float in (0, 1] a share."""
     doc = doc or "tokens kept per head: an int is a number, a float in (0, 1] a share of the prompt"
     return field(default=default, metadata={"qkv": {"doc": doc, "budget": True}})
 
 
 def parameters(cls: type[Method]) -> tuple[Parameter, ...]:
     """All parameters of a method class, in declaration order."""
-    out = []
+    out, hints = [], typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         meta = f.metadata.get("qkv", {})
+        hint = hints[f.name]
+        literal = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
+        choices = meta.get("choices") or literal
         name = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
         out.append(Parameter(f.name, name, f.default, meta.get("doc", ""), meta.get("low"), meta.get("high"),
-                             meta.get("choices")))  # fmt: skip
+                             choices))  # fmt: skip
     return tuple(out)
 
 
@@ -142,8 +147,12 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
+class _NotAChoice(Exception):
+    """A value of the right type that is none of a Literal's members."""
+
+
 def _accepts(value: Any, hint: Any) -> Any:
-    """`value` as the annotated type, or `TypeError`. Integers serve as floats; lists (from JSON) serve as tuples."""
+    """`value` as the annotated type, or `TypeError`. Integers serve as floats, lists (JSON) as tuples."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         exact = [a for a in args if a is type(value)]
@@ -153,6 +162,12 @@ def _accepts(value: Any, hint: Any) -> Any:
             except TypeError:
                 continue
         raise TypeError
+    if origin is typing.Literal:
+        if not any(type(value) is type(a) for a in args):
+            raise TypeError
+        if value not in args:
+            raise _NotAChoice(args)
+        return value
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
             raise TypeError
@@ -183,20 +198,20 @@ def check_budget(value: Any, name: str = "budget", method: str = "") -> float | 
     """Validate a budget: int >= 1, or float in (0, 1]."""
     where = f"{method}: " if method else ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidParameter(f"{where}{name}={value!r} must be an int (tokens) or a float in (0, 1] (share)")
+        raise InvalidParameter(f"{where}{name}={value!r} must be an int (tokens) or a float in (0, 1]")
     if isinstance(value, int):
         if value < 1:
-            raise InvalidParameter(f"{where}{name}={value} must be at least 1 token; a share is written as a float, "
-                                   f"e.g. {name}=0.25")  # fmt: skip
+            raise InvalidParameter(f"{where}{name}={value} must be at least 1 token; a share is written as a "
+                                   f"float, e.g. {name}=0.25")  # fmt: skip
     elif not (0.0 < value <= 1.0):
-        raise InvalidParameter(f"{where}{name}={value} must lie in (0, 1]; a number of tokens is written as an int, "
-                               f"e.g. {name}=512")  # fmt: skip
+        raise InvalidParameter(f"{where}{name}={value} must lie in (0, 1]; a number of tokens is written as "
+                               f"an int, e.g. {name}=512")  # fmt: skip
     return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method with its parameters: frozen, hashable, comparable, JSON-serialisable. Subclasses carry a `spec`."""
+    """A method with its parameters: frozen, comparable, JSON-serialisable. Subclasses carry a `spec`."""
 
     spec: ClassVar[Any]
 
@@ -216,7 +231,11 @@ class Method:
             try:
                 value = _accepts(value, hints[f.name])
             except TypeError:
-                raise InvalidParameter(f"{label} must be of type {f.type}, not {type(value).__name__}") from None
+                raise InvalidParameter(f"{label} must be of type {f.type}, not "
+                                       f"{type(value).__name__}") from None
+            except _NotAChoice as error:
+                members = ", ".join(map(repr, error.args[0]))
+                raise InvalidParameter(f"{label} must be one of {members}") from None
             object.__setattr__(self, f.name, value)
             for number in value if isinstance(value, tuple) else (value,):
                 self._check_number(label, number, meta)
@@ -284,15 +303,16 @@ def _plain(value: Any) -> Any:
 def parse_setting(text: str) -> tuple[str, dict[str, Any]]:
     """``"h2o:budget=0.25,positions=cache"`` -> ``("h2o", {"budget": 0.25, "positions": "cache"})``.
 
-    Values are read as JSON where that works (numbers, true, false, null, lists), else as plain strings. A list is
-    written ``[1,2]`` and may contain commas.
+    Values are read as JSON where that works (numbers, true, false, null, lists), else as plain strings. A
+    list is written ``[1,2]`` and may contain commas.
     """
     name, _, rest = text.partition(":")
     out: dict[str, Any] = {}
     for item in _split_commas(rest):
         key, eq, value = item.partition("=")
         if not eq or not key.strip():
-            raise InvalidParameter(f"{text!r}: {item!r} is not of the form name=value; write e.g. h2o:budget=0.25")
+            raise InvalidParameter(f"{text!r}: {item!r} is not of the form name=value; write e.g. "
+                                   "h2o:budget=0.25")
         out[key.strip()] = _value(value.strip())
     return name.strip(), out
 
@@ -324,10 +344,10 @@ Sampler = Callable[..., Any]
 class Extra:
     """A named extra input of an operator (a gate, a decay, a bias).
 
-    axes: its axes as letters of DESIGN section 2 in lower case (``"h"``, ``"bhn"``, ``"bhnd"``), several alternatives
-    separated by ``|``. role: ``parameter`` (learned, shared over the batch), ``input`` (projected from the tokens) or
-    ``data`` (given). sample: draws a valid value, called with sizes and torch keyword arguments. doc: one line, units.
-    required: False when the operator has a default.
+    axes: its axes as letters of DESIGN section 2 in lower case (``"h"``, ``"bhn"``, ``"bhnd"``), several
+    alternatives separated by ``|``. role: ``parameter`` (learned, shared over the batch), ``input``
+    (projected from the tokens) or ``data`` (given). sample: draws a valid value, called with sizes and torch
+    keyword arguments. doc: one line, units. required: False when the operator has a default.
     """
 
     axes: str

@@ -28,25 +28,27 @@ class State:
         return self.tensors[name]
 
     def of(self, owner: str, **shapes: tuple[int, ...]) -> State:
-        """Itself, after checking that it belongs to `owner` and that the named tensors have the given shapes."""
+        """Itself, after checking that `owner` made it and that the named tensors have the given shapes."""
         if self.owner != owner:
-            raise StateError(f"{owner} was given the state of {self.owner!r}; pass a state that {owner} returned")
+            raise StateError(f"{owner} was given the state of {self.owner!r}; pass one that {owner} returned")
         for name, shape in shapes.items():
             got = tuple(self.tensors[name].shape) if name in self.tensors else None
             if got != tuple(shape):
-                raise StateError(f"{owner}: state {name!r} has shape {got}, expected {tuple(shape)} for these inputs")
+                raise StateError(f"{owner}: state {name!r} has shape {got}, expected {tuple(shape)} for "
+                                 "these inputs")
         return self
 
     def index(self, rows: Tensor) -> State:
         """The state of the batch rows `rows` ``[B']`` (beams reorder or repeat rows)."""
-        return State(self.owner, {k: t.index_select(0, rows.to(t.device)) for k, t in self.tensors.items()}, self.seen)
+        tensors = {k: t.index_select(0, rows.to(t.device)) for k, t in self.tensors.items()}
+        return State(self.owner, tensors, self.seen)
 
     def crop(self, tokens: int) -> State:
         """Refused: a recurrent state has folded its tokens in. Keep a copy from before instead."""
         if tokens == 0:
             return self
-        raise StateError(f"{self.owner}: {tokens} tokens cannot be taken out of a recurrent state; keep an earlier "
-                         "state (states are immutable values) and feed the kept tokens again")  # fmt: skip
+        raise StateError(f"{self.owner}: {tokens} tokens cannot be taken out of a recurrent state; keep an "
+                         "earlier state (states are immutable values) and feed the kept tokens again")
 
     @property
     def bytes(self) -> int:
@@ -59,8 +61,8 @@ class State:
 
     def equal(self, other: State) -> bool:
         """Bitwise equality."""
-        return (self.owner, self.seen, self.tensors.keys()) == (other.owner, other.seen, other.tensors.keys()) and all(
-            torch.equal(t, other.tensors[k]) for k, t in self.tensors.items()
-        )
+        mine = (self.owner, self.seen, self.tensors.keys())
+        theirs = (other.owner, other.seen, other.tensors.keys())
+        return mine == theirs and all(torch.equal(t, other.tensors[k]) for k, t in self.tensors.items())
 
 

@@ -1,9 +1,10 @@
-"""Laws: what every method of a kind must keep, written once and run over every registered method and every form.
+"""Laws: what every method of a kind must keep, written once and run over every method and every form.
 
-A law is a function of a `Case` (a configured method, one of its forms, a device, a seed) that raises `BrokenLaw`. Files
-beside this one hold the laws of one kind each and are found by folder; there is no list to edit.
+A law is a function of a `Case` (a configured method, one of its forms, a device, a seed) that raises
+`BrokenLaw`. Files beside this one hold the laws of one kind each and are found by folder; there is no list to
+edit.
 
-    @law("operator", "A query must not see later tokens; a mask that is off by one breaks it.", applies=is_causal)
+    @law("operator", "A query must not see later tokens.", applies=is_causal)
     def no_future_leak(case: Case) -> None: ...
 """
 
@@ -36,12 +37,16 @@ class Draw:
         self.generator = torch.Generator().manual_seed(seed)
         self.device = torch.device(device)
 
-    def normal(self, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0, grad: bool = False) -> Tensor:
+    def normal(
+        self, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0, grad: bool = False
+    ) -> Tensor:
         """Normal values with standard deviation `scale`; grad: a leaf that asks for gradients."""
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
         return x.to(self.device, dtype).requires_grad_(grad)
 
-    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
+    def uniform(
+        self, *shape: int, low: float = 0.0, high: float = 1.0, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
         """Uniform values in [low, high)."""
         x = torch.rand(shape, generator=self.generator, dtype=torch.float64)
         return (low + (high - low) * x).to(self.device, dtype)
@@ -62,8 +67,8 @@ class Draw:
 class Case:
     """What a law is run on.
 
-    method: a configured method. form: one of the forms its kind knows (operators: ``reference``, ``fast``, ``kernel``),
-    or ``""`` for kinds without forms. device: where the tensors lie. seed: of every draw.
+    method: a configured method. form: one of the forms its kind knows (operators: ``reference``, ``fast``,
+    ``kernel``), or ``""`` for kinds without forms. device: where the tensors lie. seed: of every draw.
     """
 
     method: Any
@@ -97,9 +102,9 @@ def always(case: Case) -> bool:
 class Law:
     """One law of a kind.
 
-    name: snake_case. check: raises `BrokenLaw`. applies: False where the method does not claim what the law is about;
-    then no test is generated. explains: what the law means and what usually breaks it. expensive: seconds, not
-    milliseconds.
+    name: snake_case. check: raises `BrokenLaw`. applies: False where the method does not claim what the law
+    is about; then no test is generated. explains: what the law means and what usually breaks it. expensive:
+    seconds, not milliseconds.
     """
 
     name: str
@@ -152,7 +157,7 @@ def law(
 
 
 def forms(kind: str) -> Callable[[Callable[[Any, str], Sequence[str]]], Callable[[Any, str], Sequence[str]]]:
-    """Register ``(method, device) -> names`` of the forms that methods of `kind` claim; without it: one form, ``""``."""
+    """Register ``(method, device) -> form names`` for a kind; without it there is one form, ``""``."""
 
     def register(function: Callable[[Any, str], Sequence[str]]) -> Callable[[Any, str], Sequence[str]]:
         _FORMS[kind] = function
@@ -179,7 +184,9 @@ def laws(kind: str) -> dict[str, Law]:
 
 
 def configurations(target: Target) -> list[Method]:
-    """What a target stands for: an instance (or an id with settings) is itself; a class, an id or a ``.py`` file is the
+    """What a target stands for.
+
+    An instance (or an id with settings) is itself; a class, an id or a ``.py`` file stands for the
     configurations its spec names as `trials`.
     """
     if isinstance(target, Method):
@@ -209,7 +216,9 @@ def cases(target: Target, *, device: str = "cpu", seed: int = 0) -> list[Case]:
     ]
 
 
-def pairs(kind: str | None = None, *targets: Target, device: str = "cpu", quick: bool = False) -> Iterator[Pair]:
+def pairs(
+    kind: str | None = None, *targets: Target, device: str = "cpu", quick: bool = False
+) -> Iterator[Pair]:
     """Every law with every case it applies to: over `targets`, or over the registry (of one kind).
 
     quick: leave expensive laws out. A deviation that names no law of the method's kind raises `UnknownName`.
@@ -219,8 +228,8 @@ def pairs(kind: str | None = None, *targets: Target, device: str = "cpu", quick:
             table = laws(case.spec.kind)
             for deviation in case.spec.deviations:
                 if deviation.law not in table:
-                    raise UnknownName(f"{case.spec.id} declares a deviation from {deviation.law!r}, which is no law of "
-                                      f"its kind{near(deviation.law, table)}")  # fmt: skip
+                    raise UnknownName(f"{case.spec.id} declares a deviation from {deviation.law!r}, which is "
+                                      f"no law of its kind{near(deviation.law, table)}")  # fmt: skip
             for one in table.values():
                 if not (quick and one.expensive) and one.applies(case):
                     yield Pair(f"{case}-{one.name}", one, case)
@@ -266,7 +275,7 @@ class Verdict:
 
 
 def judge(pair: Pair) -> Result:
-    """Run one law. A crash counts as broken; a declared deviation must break its law, else it is out of date."""
+    """Run one law. A crash counts as broken; a declared deviation that holds is out of date: not ok."""
     start, reason, message = time.perf_counter(), pair.deviation, ""
     try:
         pair.law.run(pair.case)
@@ -291,10 +300,10 @@ def verify(
 ) -> Verdict:
     """Run every law of some methods here, on this machine.
 
-    targets: ids (``"gla"``, ``"gla:chunk_size=32"``), configurations, classes, or paths of ``.py`` files that define a
-    method of your own (the file is executed); file: one such path. None of either: every registered method. device:
-    ``"cpu"`` or ``"cuda"``; kernels are judged on CUDA. quick: leave the expensive laws out. progress: called with
-    (result, done, total). Raises `UnknownName` for a method that does not exist.
+    targets: ids (``"gla"``, ``"gla:chunk_size=32"``), configurations, classes, or paths of ``.py`` files that
+    define a method of your own (the file is executed); file: one such path. None of either: every registered
+    method. device: ``"cpu"`` or ``"cuda"``; kernels are judged on CUDA. quick: leave the expensive laws out.
+    progress: called with (result, done, total). Raises `UnknownName` for a method that does not exist.
     """
     chosen = (*targets, *([Path(file)] if file is not None else []))
     todo = list(pairs(None, *chosen, device=device, quick=quick))
@@ -313,7 +322,8 @@ def mutant(cls: type[M], /, label: str = "", **changes: Any) -> type[M]:
     """
     facts = {k: v for k, v in changes.items() if k in cls.spec.__dataclass_fields__}
     body = {k: v for k, v in changes.items() if k not in facts}
-    return type(f"Mutant{cls.__name__}", (cls,), {"spec": replace(cls.spec, **facts), "__module__": __name__} | body)
+    body |= {"spec": replace(cls.spec, **facts), "__module__": __name__}
+    return type(f"Mutant{cls.__name__}", (cls,), body)
 
 
 def expect(condition: Any, message: str) -> None:
@@ -322,7 +332,9 @@ def expect(condition: Any, message: str) -> None:
         raise BrokenLaw(message)
 
 
-def refuses(errors: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Any], what: str) -> Exception:
+def refuses(
+    errors: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Any], what: str
+) -> Exception:
     """The error that `call` raised; `BrokenLaw` when it returned instead or raised another kind of error."""
     names = " or ".join(e.__name__ for e in (errors if isinstance(errors, tuple) else (errors,)))
     try:
@@ -339,13 +351,13 @@ def finite(x: Tensor, what: str = "output") -> None:
     bad = ~torch.isfinite(x)
     if bool(bad.any()):
         at = tuple(int(i) for i in bad.nonzero()[0])
-        raise BrokenLaw(f"{what} holds {int(bad.sum())} values that are not finite, the first {x[at].item()} at {at}")
+        raise BrokenLaw(f"{what} holds {int(bad.sum())} non-finite values, the first {x[at].item()} at {at}")
 
 
 def close(got: Tensor, want: Tensor, *, rtol: float = 0.0, atol: float = 0.0, what: str = "output") -> None:
-    """Raise `BrokenLaw` unless ``max|got - want| <= atol + rtol max|want|``; shapes must agree and NaN never passes.
+    """Raise `BrokenLaw` unless ``max|got - want| <= atol + rtol max|want|``.
 
-    Infinities pass only where both hold the same one.
+    Shapes must agree, NaN never passes, and infinities pass only where both hold the same one.
     """
     if got.shape != want.shape:
         raise BrokenLaw(f"{what} has shape {tuple(got.shape)}, expected {tuple(want.shape)}")
@@ -359,18 +371,19 @@ def close(got: Tensor, want: Tensor, *, rtol: float = 0.0, atol: float = 0.0, wh
     worst = float(error.max())
     if not worst <= tolerance:
         at = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
-        raise BrokenLaw(f"{what} is off by {worst:.3g} (tolerance {tolerance:.3g}, largest value {float(size):.3g}) at "
-                        f"{at}: got {got[at].item():.9g}, want {want[at].item():.9g}")  # fmt: skip
+        raise BrokenLaw(f"{what} is off by {worst:.3g} (tolerance {tolerance:.3g}, largest value "
+                        f"{float(size):.3g}) at {at}: got {got[at].item():.9g}, want {want[at].item():.9g}")
 
 
 def same(got: Tensor, want: Tensor, what: str = "output") -> None:
     """Raise `BrokenLaw` unless both are bitwise equal, of one shape and dtype; NaN never passes."""
     if got.shape != want.shape or got.dtype != want.dtype:
-        raise BrokenLaw(f"{what} is {got.dtype} {tuple(got.shape)}, expected {want.dtype} {tuple(want.shape)}")
+        raise BrokenLaw(f"{what}: {got.dtype} {tuple(got.shape)}, expected {want.dtype} {tuple(want.shape)}")
     if not torch.equal(got, want):
         wide = torch.float64 if got.is_floating_point() else got.dtype
         differ = (got != want) | (got != got)
         at = tuple(int(i) for i in differ.nonzero()[0])
         gap = (got.to(wide) - want.to(wide)).abs().max().item() if got.dtype != torch.bool else 1
-        raise BrokenLaw(f"{what} must be bitwise equal: {int(differ.sum())} of {differ.numel()} values differ (by up to "
-                        f"{gap:.3g}), the first at {at}: got {got[at].item()}, want {want[at].item()}")  # fmt: skip
+        raise BrokenLaw(f"{what} must be bitwise equal: {int(differ.sum())} of {differ.numel()} values "
+                        f"differ (by up to {gap:.3g}), the first at {at}: got {got[at].item()}, "
+                        f"want {want[at].item()}")  # fmt: skip
