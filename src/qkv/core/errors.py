@@ -51,3 +51,11 @@ class BrokenLaw(QKVError, AssertionError):
 
 class TrainingError(QKVError, RuntimeError):
     """A training run that cannot start or go on (configuration changed on resume, loss not finite)."""
+
+
+class AssetError(QKVError, RuntimeError):
+    """A model or text that cannot be fetched, is not what it claims to be, or is damaged on disk."""
+
+
+class StorageError(QKVError, OSError):
+    """A file or folder that cannot be written (disk full, no permission); what was there before is untouched."""
