@@ -13,13 +13,22 @@ __version__ = "0.1.0"
 
 # Public name -> where it lives. Resolved on first use, so that `import qkv` stays light (no transformers, no triton).
 _LAZY = {
-    "method": "qkv.core.registry", "methods": "qkv.core.registry",
-    "attention": "qkv.core.operator", "attend": "qkv.core.attend", "merge": "qkv.core.merge",
+    "method": "qkv.core.registry",
+    "methods": "qkv.core.registry",
+    "attention": "qkv.core.operator",
+    "attend": "qkv.core.attend",
+    "merge": "qkv.core.merge",
     "BlockPlan": "qkv.core.plan",
-    "sites": "qkv.hosts", "plan": "qkv.hosts", "apply": "qkv.hosts", "applied": "qkv.hosts", "revert": "qkv.hosts",
-    "report": "qkv.hosts", "save": "qkv.hosts", "load": "qkv.hosts",
+    "sites": "qkv.hosts",
+    "plan": "qkv.hosts",
+    "apply": "qkv.hosts",
+    "applied": "qkv.hosts",
+    "revert": "qkv.hosts",
+    "report": "qkv.hosts",
+    "save": "qkv.hosts",
+    "load": "qkv.hosts",
     "verify": "qkv.testing",
-}  # fmt: skip
+}
 
 __all__ = [*_LAZY, "__version__"]
 

@@ -31,6 +31,9 @@ class Attended(NamedTuple):
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, who: str = "attention") -> None:
     """Raise `InvalidInput` unless q ``[B, H, N, D]``, k ``[B, G, M, D]``, v ``[B, G, M, E]`` fit."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise InvalidInput(f"{who}: {name} must be a torch tensor, not {type(x).__name__}")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not (q.ndim == k.ndim == v.ndim == 4):
         raise InvalidInput(f"{who}: expected four axes [B, H, N, D]; got {shapes}")
@@ -39,23 +42,38 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, who: str
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
         raise InvalidInput(f"{who}: expected q [B, H, N, D], k [B, G, M, D], v [B, G, M, E]; got {shapes}")
     if q.shape[1] % k.shape[1]:
-        raise InvalidInput(f"{who}: {q.shape[1]} query heads do not divide over {k.shape[1]} key/value heads "
-                           f"({shapes})")
+        raise InvalidInput(
+            f"{who}: {q.shape[1]} query heads do not divide over {k.shape[1]} key/value heads ({shapes})"
+        )
     if causal and q.shape[2] > k.shape[2]:
-        raise InvalidInput(f"{who}: causal attention needs N <= M, got N={q.shape[2]} > M={k.shape[2]}: "
-                           "the first queries would have no key")  # fmt: skip
+        raise InvalidInput(
+            f"{who}: causal attention needs N <= M, got N={q.shape[2]} > M={k.shape[2]}: "
+            "the first queries would have no key"
+        )
     if len({q.dtype, k.dtype, v.dtype}) > 1 or not q.is_floating_point():
-        raise InvalidInput(f"{who}: q, k, v need one floating-point dtype; got {q.dtype}, {k.dtype}, "
-                           f"{v.dtype}")
+        raise InvalidInput(f"{who}: q, k, v need one floating-point dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if len({q.device, k.device, v.device}) > 1:
         raise InvalidInput(f"{who}: q, k, v lie on different devices: {q.device}, {k.device}, {v.device}")
 
 
+def readable(*tensors: Tensor) -> bool:
+    """Whether values may be looked at: not on the meta device, under a compiler or in a CUDA graph capture."""
+    if torch.compiler.is_compiling() or any(x.is_meta for x in tensors):
+        return False
+    return not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
+
+
 def check_finite(who: str, **tensors: Tensor) -> None:
-    """Raise `InvalidInput` naming the first tensor that holds NaN or infinity."""
-    for name, x in tensors.items():
-        if not bool(torch.isfinite(x).all()):
-            raise InvalidInput(f"{who}: {name} holds NaN or infinite values")
+    """Raise `InvalidInput` naming the first tensor that holds NaN or infinity; one device synchronisation.
+
+    Does nothing where values cannot be read: see `readable`.
+    """
+    if not tensors or not readable(*tensors.values()):
+        return
+    fine = torch.stack([torch.isfinite(x).all() for x in tensors.values()])
+    if not bool(fine.all()):
+        name = next(n for n, ok in zip(tensors, fine.tolist(), strict=True) if not ok)
+        raise InvalidInput(f"{who}: {name} holds NaN or infinite values")
 
 
 def causal_mask(n: int, m: int, device: torch.device, start: int = 0, rows: int | None = None) -> Tensor:
@@ -122,17 +140,24 @@ def _grouped(mask: Tensor, b: int, h: int, g: int, n: int, m: int) -> Tensor:
         mask = mask.unsqueeze(0)
     ok = all(s in (1, t) for s, t in zip((mask.shape[0], *mask.shape[2:]), (b, n, m), strict=True))
     if not ok or mask.shape[1] not in (1, g, h):
-        raise InvalidInput(f"attention: mask {tuple(mask.shape)} does not broadcast to {(b, h, n, m)} or "
-                           f"{(b, g, n, m)}")
+        raise InvalidInput(
+            f"attention: mask {tuple(mask.shape)} does not broadcast to {(b, h, n, m)} or {(b, g, n, m)}"
+        )
     if mask.shape[1] == h and h != g:
         return mask.reshape(mask.shape[0], g, h // g, *mask.shape[2:])
     return mask.unsqueeze(2)
 
 
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False,
-    scale: float | None = None, dropout: float = 0.0,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """Exact attention by torch's fused kernels where their semantics are ours; same arguments as `attend`.
 
     One query per row packs the heads of a group instead of repeating keys and values. Rows without a key
@@ -149,20 +174,25 @@ def sdpa(
     if n == 1 and h != g:
         if mask is not None and mask.shape[1] == h:
             mask = mask.reshape(mask.shape[0], g, h // g, m)
-        out = F.scaled_dot_product_attention(q.reshape(b, g, h // g, d), k, v, attn_mask=mask, scale=scale,
-                                             dropout_p=dropout)  # fmt: skip
+        out = F.scaled_dot_product_attention(
+            q.reshape(b, g, h // g, d), k, v, attn_mask=mask, scale=scale, dropout_p=dropout
+        )
         out = out.reshape(b, h, 1, -1)
         empty = None if mask is None else ~mask.any(-1, keepdim=True)
         if empty is not None:
-            empty = empty.reshape(b, h, 1, 1) if empty.shape[-2] != 1 else empty.repeat_interleave(
-                h // empty.shape[1] if empty.shape[1] > 1 else 1, 1)  # fmt: skip
+            empty = (
+                empty.reshape(b, h, 1, 1)
+                if empty.shape[-2] != 1
+                else empty.repeat_interleave(h // empty.shape[1] if empty.shape[1] > 1 else 1, 1)
+            )
     else:
         if mask is not None and mask.shape[1] == g and g not in (1, h):
             mask = mask.repeat_interleave(h // g, 1)
         gqa = h != g and q.is_cuda and mask is None and k.shape[-1] == v.shape[-1]
         if h != g and not gqa:
             k, v = k.repeat_interleave(h // g, 1), v.repeat_interleave(h // g, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
-                                             dropout_p=dropout, enable_gqa=gqa)  # fmt: skip
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=gqa
+        )
         empty = None if mask is None else ~mask.any(-1, keepdim=True)
     return out if empty is None else out.masked_fill(empty, 0.0)

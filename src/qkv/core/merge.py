@@ -41,5 +41,4 @@ def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def _check(parts: Iterable[tuple[Tensor, Tensor]]) -> None:
     shapes = {(tuple(out.shape), tuple(lse.shape)) for out, lse in parts}
     if len(shapes) != 1 or any(o[:-1] != l for o, l in shapes):
-        raise InvalidInput("merge needs parts of one shape, out [B, H, N, E] and lse [B, H, N]; got "
-                           f"{sorted(shapes)}")
+        raise InvalidInput(f"merge needs parts of one shape, out [B, H, N, E] and lse [B, H, N]; got {sorted(shapes)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,28 +12,30 @@ import torch
 from torch import Tensor
 
 from qkv.core import registry
-from qkv.core.attend import check_finite, check_qkv
-from qkv.core.errors import InvalidInput, Refused, UnknownName
+from qkv.core.attend import check_finite, check_qkv, readable
+from qkv.core.errors import InvalidInput, MissingDependency, Refused, UnknownName
 from qkv.core.spec import Extra, Method, Spec, near
 from qkv.core.state import State
 
-Form = Literal["auto", "reference", "fast", "kernel"]
+Form = Literal["auto", "reference", "fast", "kernel", "loop"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorSpec(Spec):
     """Facts about an operator.
 
-    reference: the definition, short and slow. fast: the same map, any device. step: one token, state in,
-    state out. Each takes ``(q, k, v, *, scale, <extras>, <parameters>)`` and, as the capabilities below say,
-    ``causal``, ``padding``, ``initial_state`` and ``return_state``; with ``return_state`` it returns ``(out,
-    State)``.
+    reference: the definition, short and slow. fast: the same map, any device. loop: the same map once more
+    as a plain loop over tokens, written independently of `reference`; only the laws use it. Each takes ``(q,
+    k, v, *, scale, <extras>, <parameters>)`` and, as the capabilities below say, ``causal``, ``padding``,
+    ``initial_state`` and ``return_state``; with ``return_state`` it returns ``(out, State)``. A parameter
+    that a form does not name in its signature is not passed to it (`reference` needs no chunk size).
 
     causal: ``only`` (always causal), ``never`` (always bidirectional), ``both`` (keyword ``causal``).
     padding: takes ``padding`` ``[B, M]`` bool, True = real token. gqa: G may be smaller than H.
     scale: the default softmax scale as a function of D, or None where the definition has no scale.
-    initial: ``initial(q, k, v, **extras) -> State``, the empty state; given when the operator is recurrent.
-    kernel: ``"qkv.kernels.gla:chunk"``, the Triton twin, imported on first use.
+    initial: ``initial(q, k, v, *, <extras>, <parameters>) -> State``, the empty state for tensors like these;
+    given when the operator is recurrent. step: ``step(q, k, v, state, *, ...) -> (out, State)``, one token.
+    kernel: ``"qkv.kernels.gla:chunk"``, the Triton twin, imported on first use; it takes every parameter.
     extras: named extra inputs; the laws, bench, docs and layers read how to draw and check them from here.
     cross: N and M may differ (self-attention operators set False).
     """
@@ -40,6 +43,7 @@ class OperatorSpec(Spec):
     kind: ClassVar[str] = "operator"
     reference: Callable[..., Any]
     fast: Callable[..., Any]
+    loop: Callable[..., Any] | None = None
     step: Callable[..., tuple[Tensor, State]] | None = None
     initial: Callable[..., State] | None = None
     kernel: str | None = None
@@ -57,15 +61,29 @@ class Operator(Method):
 
     spec: ClassVar[OperatorSpec]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settings, spec = self.settings(), self.spec
+        functions = {"reference": spec.reference, "fast": spec.fast, "loop": spec.loop, "step": spec.step,
+                     "initial": spec.initial}  # fmt: skip
+        chosen = {n: {k: v for k, v in settings.items() if takes(f, k)} for n, f in functions.items() if f}
+        object.__setattr__(self, "_settings", chosen | {"kernel": settings})
+
     def form(self, name: Form, device: torch.device) -> Callable[..., Any]:
         """The function behind a form; ``auto`` is the kernel on CUDA where there is one, else ``fast``."""
+        return self._form(name, device)[1]
+
+    def _form(self, name: str, device: torch.device) -> tuple[str, Callable[..., Any]]:
         if name == "auto":
             name = "kernel" if self.spec.kernel and device.type == "cuda" else "fast"
         if name == "kernel":
-            return load_kernel(self.spec)
-        if name not in ("reference", "fast"):
+            return name, load_kernel(self.spec)
+        if name not in get_args(Form):
             raise UnknownName(f"{self.id} has no form {name!r}{near(name, get_args(Form))}")
-        return getattr(self.spec, name)
+        function = getattr(self.spec, name)
+        if function is None:
+            raise Refused(f"{self.id} gives no {name!r} form; use form='fast'")
+        return name, function
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool | None = None, padding: Tensor | None = None,
@@ -80,66 +98,155 @@ class Operator(Method):
             raise Refused(f"{self.id} is bidirectional by definition; call it with causal=False")
         if not causal and spec.causal == "only":
             raise Refused(f"{self.id} is causal by definition; it has no bidirectional form")
+        q, k, v, call = self._inputs(q, k, v, causal, padding, scale, extras)
+        if spec.causal == "both":
+            call["causal"] = causal
+        if spec.initial is None and (initial_state is not None or return_state):
+            raise Refused(f"{self.id} carries no recurrent state; leave initial_state and return_state out")
+        if spec.initial is not None:
+            self._check_state(initial_state, optional=True)
+            call |= {"initial_state": initial_state, "return_state": return_state}
+        name, function = self._form(form, q.device)
+        return function(q, k, v, **call, **self._settings[name])  # type: ignore[attr-defined]
+
+    def initial(self, q: Tensor, k: Tensor, v: Tensor, **extras: Any) -> State:
+        """The empty state of a recurrent operator, for tensors of these shapes, dtype and device."""
+        if self.spec.initial is None:
+            raise Refused(f"{self.id} carries no recurrent state")
+        return self.spec.initial(q, k, v, **extras, **self._settings["initial"])  # type: ignore[attr-defined]
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State, *, padding: Tensor | None = None,
+        scale: float | None = None, **extras: Any,
+    ) -> tuple[Tensor, State]:  # fmt: skip
+        """Decode one token: q ``[B, H, 1, D]``, k ``[B, G, 1, D]``, v ``[B, G, 1, E]`` and the state so far.
+
+        Returns out ``[B, H, 1, E]`` and the new state; the given state is not changed. The other arguments
+        are those of `attention`, for this token.
+        """
+        if self.spec.step is None:
+            raise Refused(f"{self.id} has no one-token form; call it on the whole sequence")
+        q, k, v, call = self._inputs(q, k, v, True, padding, scale, extras)
+        if q.shape[2] != 1 or k.shape[2] != 1:
+            raise InvalidInput(f"{self.id}: step takes one token, got N={q.shape[2]} and M={k.shape[2]}")
+        self._check_state(state)
+        return self.spec.step(q, k, v, state, **call, **self._settings["step"])  # type: ignore[attr-defined]
+
+    def _inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, padding: Tensor | None, scale: float | None,
+        extras: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:  # fmt: skip
+        """Checked q, k, v (0 where padded) and the keywords of a form: extras, padding, scale."""
+        spec = self.spec
         check_qkv(q, k, v, causal=causal, who=self.id)
         if not spec.cross and q.shape[2] != k.shape[2]:
             raise InvalidInput(f"{self.id} is a self-attention: N={q.shape[2]} and M={k.shape[2]} must agree")
         if not spec.gqa and q.shape[1] != k.shape[1]:
             raise InvalidInput(f"{self.id} needs as many key/value heads as query heads; got H={q.shape[1]}, "
                                f"G={k.shape[1]}: repeat keys and values first")  # fmt: skip
-        call: dict[str, Any] = self.settings() | self._extras(extras, q, k, v)
-        if spec.causal == "both":
-            call["causal"] = causal
+        call: dict[str, Any] = self._extras(extras, q, k, v)
         if padding is not None:
-            if not spec.padding:
-                raise Refused(f"{self.id} has no padded form; pass each row alone")
-            if padding.dtype != torch.bool or padding.shape != (k.shape[0], k.shape[2]):
-                raise InvalidInput(f"{self.id}: padding must be bool [B, M] = {(k.shape[0], k.shape[2])}, "
-                                   f"True = real token; got {padding.dtype} {tuple(padding.shape)}")
+            self._check_padding(padding, q, k)
+            aligned = causal or not spec.cross  # the queries are the last N of the M tokens
+            axes = {name: self._axes(name, x, q, k, v) for name, x in call.items()}
+            call = {name: _blank(x, axes[name], padding, aligned) for name, x in call.items()}
+            q, k, v = (_blank(x, a, padding, aligned) for x, a in ((q, "bhnd"), (k, "bgmd"), (v, "bgme")))
+        self._check_values(q, k, v, call)
+        if padding is not None:
             call["padding"] = padding
-            q, k, v = (x.masked_fill(~padding[:, None, -x.shape[2]:, None], 0.0) for x in (q, k, v))
-        check_finite(self.id, q=q, k=k, v=v)
         if spec.scale is not None:
             call["scale"] = spec.scale(q.shape[-1]) if scale is None else scale
         elif scale is not None:
             raise Refused(f"{self.id} has no softmax scale; leave `scale` out")
-        if spec.initial is None and (initial_state is not None or return_state):
-            raise Refused(f"{self.id} carries no recurrent state; leave initial_state and return_state out")
-        if spec.initial is not None:
-            call |= {"initial_state": initial_state, "return_state": return_state}
-        return self.form(form, q.device)(q, k, v, **call)
+        return q, k, v, call
 
-    def _extras(self, given: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    def _check_padding(self, padding: Tensor, q: Tensor, k: Tensor) -> None:
+        if not self.spec.padding:
+            raise Refused(f"{self.id} has no padded form; pass each row alone")
+        want = (k.shape[0], k.shape[2])
+        if not isinstance(padding, Tensor) or padding.dtype != torch.bool or tuple(padding.shape) != want:
+            got = (padding.dtype, tuple(padding.shape)) if isinstance(padding, Tensor) else type(padding).__name__
+            raise InvalidInput(f"{self.id}: padding must be bool [B, M] = {want}, True = real token; got {got}")
+        if padding.device != q.device:
+            raise InvalidInput(f"{self.id}: padding lies on {padding.device}, q on {q.device}")
+
+    def _check_state(self, state: State | None, optional: bool = False) -> None:
+        if not (isinstance(state, State) or (optional and state is None)):
+            raise InvalidInput(f"{self.id}: a state is a `State` that this operator returned, not "
+                               f"{type(state).__name__}")  # fmt: skip
+        if state is not None:
+            state.of(self.id)
+
+    def _axes(self, name: str, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """Which of the declared axes of an extra fit its shape."""
         sizes = {"b": q.shape[0], "h": q.shape[1], "g": k.shape[1], "n": q.shape[2], "m": k.shape[2],
                  "d": q.shape[3], "e": v.shape[3]}  # fmt: skip
+        axes = self.spec.extras[name].axes
+        options = {a: tuple(sizes[c] for c in a) for a in axes.split("|")}
+        for letters, shape in options.items():
+            if tuple(x.shape) == shape:
+                return letters
+        raise InvalidInput(f"{self.id}: `{name}` has shape {tuple(x.shape)}; expected axes {axes} = "
+                           f"{' or '.join(map(str, options.values()))}")  # fmt: skip
+
+    def _extras(self, given: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
         known = self.spec.extras
         for name in given:
             if name not in known:
-                raise UnknownName(f"{self.id} takes no input {name!r}{near(name, known)}")
+                hint = near(name, known) if known else "; it takes none"
+                raise UnknownName(f"{self.id} takes no input {name!r}{hint}")
         for name, extra in known.items():
             x = given.get(name)
             if x is None:
                 if extra.required:
                     raise InvalidInput(f"{self.id} needs `{name}` ({extra.doc}), axes {extra.axes}")
                 continue
-            shapes = [tuple(sizes[a] for a in axes) for axes in extra.axes.split("|")]
-            if tuple(x.shape) not in shapes:
-                raise InvalidInput(f"{self.id}: `{name}` has shape {tuple(x.shape)}; expected axes "
-                                   f"{extra.axes} = {' or '.join(map(str, shapes))}")  # fmt: skip
+            if not isinstance(x, Tensor):
+                raise InvalidInput(f"{self.id}: `{name}` must be a torch tensor, not {type(x).__name__}")
+            self._axes(name, x, q, k, v)
             if x.device != q.device:
                 raise InvalidInput(f"{self.id}: `{name}` lies on {x.device}, q on {q.device}")
-            check_finite(self.id, **{name: x})
         return {name: x for name, x in given.items() if x is not None}
+
+    def _check_values(self, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tensor]) -> None:
+        """Finite values, extras within their bounds; silent where values cannot be read."""
+        numbers = {n: x for n, x in extras.items() if x.is_floating_point()}
+        check_finite(self.id, q=q, k=k, v=v, **numbers)
+        for name, x in extras.items():
+            extra = self.spec.extras[name]
+            if (extra.low is None and extra.high is None) or not readable(x):
+                continue
+            low, high = (float(y) for y in x.aminmax())
+            if (extra.low is not None and low < extra.low) or (extra.high is not None and high > extra.high):
+                wanted = [f">= {extra.low}"] * (extra.low is not None) + [f"<= {extra.high}"] * (extra.high is not None)
+                raise InvalidInput(f"{self.id}: `{name}` must be {' and '.join(wanted)} ({extra.doc}); got values "
+                                   f"from {low:.4g} to {high:.4g}")  # fmt: skip
+
+
+def _blank(x: Tensor, axes: str, padding: Tensor, aligned: bool) -> Tensor:
+    """`x` with 0 at the padded positions of its token axes, also where it holds NaN.
+
+    A query axis that is not aligned with the keys (cross-attention) has no padded positions of its own:
+    there only values that are not finite are blanked, and only when N = M makes it possible that they are
+    padding.
+    """
+    if axes[0] != "b":
+        return x
+    for at, letter in enumerate(axes):
+        if letter == "m" or (letter == "n" and x.shape[at] <= padding.shape[1]):
+            gone = ~padding[:, padding.shape[1] - x.shape[at] :]
+            gone = gone.reshape(-1, *(1,) * (at - 1), x.shape[at], *(1,) * (x.ndim - at - 1))
+            if letter == "n" and not aligned:
+                gone = gone & ~torch.isfinite(x) if x.shape[at] == padding.shape[1] else torch.zeros_like(gone)
+            x = x.masked_fill(gone, 0.0)
+    return x
 
 
 def load_kernel(spec: OperatorSpec) -> Callable[..., Any]:
     """The Triton twin of an operator, or `Refused` / `MissingDependency` with the reason."""
-    from qkv.core.errors import MissingDependency
-
     if spec.kernel is None:
         raise Refused(f"{spec.id} has no kernel form; use form='fast'")
     module, _, name = spec.kernel.partition(":")
-    import importlib
-
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
@@ -156,7 +263,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, method: str | Operator = "full
     ``(out, State)`` comes back), ``form`` (``auto``, ``reference``, ``fast``, ``kernel``). Raises
     `UnknownName`, `InvalidInput`, `Refused`.
     """
-    chosen = registry.method(method) if isinstance(method, str) else method
+    chosen = registry.method(method)
     if not isinstance(chosen, Operator):
         raise Refused(f"{chosen.id} is of kind {chosen.spec.kind}, not an operator; "
                       "`qkv.methods(kind='operator')` lists what `attention` can compute")  # fmt: skip

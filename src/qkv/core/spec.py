@@ -29,12 +29,13 @@ class Limit:
     """A setting at which a method equals another one; it ties the methods together and is checked as a law.
 
     parameters: the setting, e.g. ``{"budget": 1.0}``. equals: id of the other method. says: one sentence for
-    readers.
+    readers. inputs: for operators, constants that fill named extras, e.g. ``{"log_decay": 0.0}``.
     """
 
     equals: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     says: str = ""
+    inputs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def param(
 
 def budget_param(default: float | int, doc: str = "") -> Any:
     """The `budget` that means the same in every method: an int is tokens, a float in (0, 1] a share."""
-    doc = doc or "tokens kept per head: an int is a number, a float in (0, 1] a share of the prompt"
+    doc = doc or "tokens kept per head: an int is a number, a float a share of the prompt (1.0: evict nothing)"
     return field(default=default, metadata={"qkv": {"doc": doc, "budget": True}})
 
 
@@ -347,7 +348,10 @@ class Extra:
     axes: its axes as letters of DESIGN section 2 in lower case (``"h"``, ``"bhn"``, ``"bhnd"``), several
     alternatives separated by ``|``. role: ``parameter`` (learned, shared over the batch), ``input``
     (projected from the tokens) or ``data`` (given). sample: draws a valid value, called with sizes and torch
-    keyword arguments. doc: one line, units. required: False when the operator has a default.
+    keyword arguments. doc: one line, units. required: False when the operator has a default. low, high: valid
+    range, inclusive. extremes: constants at the edge of what must still work; the laws fill the input with
+    them. differentiable: False for a floating-point input that gets no gradient. An input with a token axis
+    (``n`` or ``m``) is filled with 0 at padded positions before use.
     """
 
     axes: str
@@ -355,3 +359,7 @@ class Extra:
     role: str = "input"
     doc: str = ""
     required: bool = True
+    low: float | None = None
+    high: float | None = None
+    extremes: tuple[float, ...] = ()
+    differentiable: bool = True

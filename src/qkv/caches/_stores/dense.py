@@ -1,0 +1,117 @@
+"""The whole history, exactly: preallocated, grown by a small share, never concatenated token by token."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from qkv.core.attend import sdpa
+from qkv.core.cache import Geometry, LayerCache, Step
+from qkv.core.errors import StateError
+
+
+def grown(capacity: int, needed: int) -> int:
+    """Capacity for `needed` slots: at most 1/32 (and at least 32 slots) more than asked for."""
+    return capacity if needed <= capacity else needed + max(32, needed // 32)
+
+
+def resized(x: Tensor, capacity: int, used: int, fill: float = 0) -> Tensor:
+    """`x` ``[B, G, S, ...]`` with `capacity` slots, the first `used` copied and the rest filled."""
+    out = x.new_full((*x.shape[:2], capacity, *x.shape[3:]), fill)
+    out[:, :, :used] = x[:, :, :used]
+    return out
+
+
+@final
+class DenseCache(LayerCache):
+    """Keys ``[B, G, capacity, D]`` and values ``[B, G, capacity, E]``; the slot of a token is its logical column."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.padding: Tensor | None = None
+        self.seen = 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """See `LayerCache.attend`. The first block attends to the live tensors, so gradients flow through it."""
+        first = self.seen == 0
+        keys, values = self._append(k, v)
+        self.padding = step.padding
+        if first:
+            keys, values = k, v
+        mask = None if step.padding is None else step.padding[:, None, None, :]
+        if step.mask is not None:
+            mask = step.mask if mask is None else mask & step.mask
+        return (step.compute or sdpa)(
+            q, keys, values, mask=mask, causal=step.causal and step.mask is None, scale=step.scale
+        )
+
+    def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        n = k.shape[2]
+        total = self.seen + n
+        if self.keys is None or self.values is None:
+            self.keys = k.new_empty((*k.shape[:2], total, k.shape[3]))
+            self.values = v.new_empty((*v.shape[:2], total, v.shape[3]))
+        capacity = grown(self.keys.shape[2], total)
+        if capacity != self.keys.shape[2]:
+            self.keys, self.values = (resized(x, capacity, self.seen) for x in (self.keys, self.values))
+        self.keys[:, :, self.seen : total] = k.detach()
+        self.values[:, :, self.seen : total] = v.detach()
+        self.seen = total
+        return self.keys[:, :, :total], self.values[:, :, :total]
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest `tokens`; nothing is copied."""
+        if tokens > self.seen:
+            raise StateError(f"cannot forget {tokens} tokens of a cache that holds {self.seen}")
+        self.seen -= tokens
+        if self.padding is not None:
+            self.padding = self.padding[:, : self.seen]
+
+    def select(self, rows: Tensor) -> None:
+        """See `LayerCache.select`."""
+        for name in ("keys", "values", "padding"):
+            x = getattr(self, name)
+            if x is not None:
+                setattr(self, name, x.index_select(0, rows.to(x.device)))
+
+    def bytes(self) -> int:
+        """Bytes of the buffers, unused capacity included."""
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values) if x is not None)
+
+    def kept(self) -> int:
+        """All tokens seen."""
+        return self.seen
+
+    def positions(self) -> Tensor:
+        """``[B, G, seen]``."""
+        if self.keys is None:
+            raise StateError("the cache is empty")
+        b, g = self.keys.shape[:2]
+        if self.padding is None:
+            row = torch.arange(self.seen, device=self.keys.device).expand(b, -1)
+        else:
+            row = (self.padding.long().cumsum(-1) - 1).masked_fill(~self.padding, -1)
+        return row[:, None].expand(b, g, -1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Keys and values of the tokens seen, and the padding mask."""
+        if self.keys is None or self.values is None:
+            return {}
+        out = {"keys": self.keys[:, :, : self.seen].contiguous(), "values": self.values[:, :, : self.seen].contiguous()}
+        return out if self.padding is None else out | {"padding": self.padding}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `LayerCache.restore`."""
+        self.reset()
+        if tensors:
+            self.keys, self.values = tensors["keys"].clone(), tensors["values"].clone()
+            self.padding = tensors.get("padding")
+            self.seen = self.keys.shape[2]

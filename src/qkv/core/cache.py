@@ -1,0 +1,278 @@
+"""Caches: what is stored, how precisely, and what is read. The base classes own the work; a policy only ranks.
+
+A `LayerCache` is one attention site's memory during one generation: it takes new queries, keys and values, attends,
+observes and evicts. A `CacheMethod` is the frozen configuration that builds one per site. A `Policy` is a CacheMethod
+that keeps the best-ranked slots of every KV head; top-k, order, padding, budgets and decoding in place are done once, in
+`qkv.caches._stores.ranked`.
+
+Axes: B batch, H query heads, G key/value heads, N new queries, S stored slots, D head width, E value width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qkv.core.errors import InvalidParameter, Refused
+from qkv.core.spec import Method, Spec
+
+Compute = Callable[..., Tensor]
+"""``compute(q, k, v, *, mask, causal, scale) -> out``: q ``[B, H, N, D]``, k ``[B, G, M, D]``, v ``[B, G, M, E]``, mask bool
+broadcastable to ``[B, H, N, M]`` or None, causal lower-right aligned, out ``[B, H, N, E]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding of a site: keys are stored rotated by ``position * frequency`` in half-split layout.
+
+    frequencies: ``[R/2]`` float32, rotated width R <= D. fixed: False when frequencies depend on the length (dynamic
+    NTK, LongRoPE); then stored keys cannot be moved.
+    """
+
+    frequencies: Tensor
+    fixed: bool = True
+    kind: str = "default"
+
+    def rotate(self, keys: Tensor, shift: Tensor) -> Tensor:
+        """`keys` ``[..., D]`` moved forward by `shift` ``[...]`` positions (a pure rotation, in float32)."""
+        r = 2 * self.frequencies.shape[0]
+        angle = shift.to(torch.float32).unsqueeze(-1) * self.frequencies.to(keys.device)  # [..., R/2]
+        cos, sin = angle.cos(), angle.sin()
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        x, rest = keys[..., :r].to(wide), keys[..., r:]
+        a, b = x.chunk(2, dim=-1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(keys.dtype)
+        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Shape facts of an attention site that a cache needs. layer counts from 0 of `layers`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    layer: int = 0
+    layers: int = 1
+    rope: Rope | None = None
+    max_length: int | None = None
+
+
+@dataclass(slots=True)
+class Step:
+    """What the host tells a LayerCache about one call.
+
+    position: ``[B, N]`` logical position of each new token in its row, -1 = padding. padding: ``[B, seen + N]`` bool,
+    True = real, or None when no row is padded. mask: another logical mask ``[B, 1|H, N, seen + N]`` (packed sequences,
+    prefixes), or None. compute: the attention to run. causal: False for bidirectional sites.
+    """
+
+    position: Tensor
+    scale: float
+    padding: Tensor | None = None
+    mask: Tensor | None = None
+    compute: Compute | None = None
+    causal: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Stored slots as a policy sees them, per KV head, in no particular order.
+
+    keys ``[B, G, S, D]``, values ``[B, G, S, E]``, position ``[B, G, S]`` (-1 = padding or empty), mass ``[B, H, S]``
+    attention drawn from the queries the policy asked for (None if it asked for none), keep ``[B, 1, 1]`` the row's
+    budget in tokens, queries ``[B, H, N, D]`` of this call, newest ``[B, 1, 1]`` the row's newest position.
+    """
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    keep: Tensor
+    newest: Tensor
+    queries: Tensor
+    mass: Tensor | None = None
+
+    @property
+    def order(self) -> Tensor:
+        """``[B, G, S]`` place of each slot among the real ones by position (0 = oldest); empties come last."""
+        key = torch.where(self.position < 0, torch.iinfo(self.position.dtype).max, self.position)
+        return key.argsort(-1).argsort(-1)
+
+    def per_group(self, x: Tensor, how: str = "sum") -> Tensor:
+        """``[B, H, S]`` to ``[B, G, S]``: the query heads of a KV head combined by ``sum``, ``mean`` or ``max``."""
+        b, h, s = x.shape
+        grouped = x.reshape(b, self.keys.shape[1], -1, s)
+        return grouped.amax(2) if how == "max" else getattr(grouped, how)(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec(Spec):
+    """Facts about a cache method.
+
+    evicts: tokens are lost for good. slot_state: float32 numbers kept per slot and KV head. exact_chunks: one-shot,
+    chunked and token-by-token prefill give the same result (policies that rank by position); others evict at
+    different times by design.
+    """
+
+    kind: ClassVar[str] = "cache"
+    evicts: bool = True
+    slot_state: int = 0
+    exact_chunks: bool = False
+    small: dict[str, Any] = field(default_factory=dict)
+    """Parameters that make the method act on the laws' small inputs (tens of tokens)."""
+
+
+class LayerCache(ABC):
+    """One site's memory. Host-independent; every method keeps keys, values, positions and state together."""
+
+    seen: int = 0
+    """Logical tokens absorbed so far, padding included (the host's column count)."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """Absorb k, v ``[B, G, N, .]`` and return the attention of q ``[B, H, N, D]`` -> ``[B, H, N, E]``."""
+
+    @abstractmethod
+    def crop(self, tokens: int) -> None:
+        """Forget the newest `tokens` and settle (evict what recording postponed), or raise `StateError`."""
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> None:
+        """Keep (reorder, repeat) the batch rows `rows` ``[B']``: beams."""
+
+    @abstractmethod
+    def bytes(self) -> int:
+        """Bytes held by all tensors of this layer, capacity included."""
+
+    @abstractmethod
+    def kept(self) -> int:
+        """Largest number of tokens stored for any row and head, without asking the device."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything needed to restore this layer, by name."""
+
+    @abstractmethod
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything."""
+
+    @abstractmethod
+    def positions(self) -> Tensor:
+        """``[B, G, S]`` logical position of every stored slot, -1 = padding or empty."""
+
+    def record(self) -> None:
+        """From now on every block is provisional until `crop` settles it (speculative decoding)."""
+
+    def announce(self, prompt: int) -> None:
+        """The host knows that `prompt` logical tokens belong to the prompt (chunked or speculative prefill)."""
+
+    def static(self) -> bool:
+        """Whether the next one-token step changes no shape and reads no value on the host (CUDA graph)."""
+        return False
+
+    def advance(self) -> None:
+        """Count one replayed step (the host's counters only; the device work was in the graph)."""
+        self.seen += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheMethod(Method):
+    """Base of cache configurations."""
+
+    spec: ClassVar[CacheSpec]
+
+    @abstractmethod
+    def layer(self, geometry: Geometry) -> LayerCache:
+        """A fresh memory for one site. Raises `Refused` when the site cannot be served."""
+
+    def fits(self, geometry: Geometry) -> str | None:
+        """None, or the reason why a site of this geometry cannot be served (no side effect)."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(CacheMethod):
+    """Keep the best-ranked slots of every KV head; everything else is in the base. Override `rank`, and what it needs.
+
+    A policy is stateless: what it accumulates is `spec.slot_state` float32 numbers per slot, moved with the slots.
+    """
+
+    def slots(self, tokens: int) -> int:
+        """Slots kept per head for a prompt of `tokens` real tokens; default: the `budget` parameter."""
+        return budget_slots(getattr(self, "budget"), tokens)  # noqa: B009
+
+    def chunk(self, keep: int) -> int | None:
+        """Largest block absorbed before evicting, or None for any: longer prompts are cut into such blocks."""
+        return None
+
+    def mass_queries(self, new: int) -> int:
+        """How many of the newest queries of a call should be summed into `View.mass` (0 = none needed)."""
+        return 0
+
+    def visible(self, query: Tensor, position: Tensor) -> Tensor | None:
+        """Extra mask ``[B, G, N, S]`` from query positions ``[B, N]`` and slot positions ``[B, G, S]``, or None."""
+        return None
+
+    def shift(self, view: View) -> Tensor | None:
+        """Positions ``[B, G, S]`` by which each stored key is moved forward before it is read, or None."""
+        return None
+
+    def moves(self, keep: int) -> int | None:
+        """How many slots at most `shift` moves, or None for any: the fewer, the less is rotated."""
+        return None
+
+    def observe(self, state: Tensor | None, view: View) -> Tensor | None:
+        """New per-slot state ``[B, G, S, slot_state]`` after a call; `state` holds 0 for slots that are new."""
+        return state
+
+    @abstractmethod
+    def rank(self, state: Tensor | None, view: View) -> Tensor:
+        """Worth ``[B, G, S]`` of each slot; the highest stay. Padding and the newest token are the base's concern."""
+
+    def layer(self, geometry: Geometry) -> LayerCache:
+        """See `CacheMethod.layer`."""
+        import importlib
+
+        reason = self.fits(geometry)
+        if reason is not None:
+            raise Refused(f"{self.id} at layer {geometry.layer}: {reason}")
+        # By name: core defines the contract, the store that fulfils it lives with the caches.
+        return importlib.import_module("qkv.caches._stores.ranked").RankedCache(self, geometry)
+
+
+NO_LIMIT = 1 << 40
+
+
+def budget_slots(budget: float | int, tokens: int) -> int:
+    """A budget in slots: an int as it is, a share of `tokens` rounded down, at least 1; the share 1.0 evicts nothing ever."""
+    if budget == 1.0 and isinstance(budget, float):
+        return NO_LIMIT
+    return budget if isinstance(budget, int) else max(1, int(budget * tokens))
+
+
+def needs_rope(geometry: Geometry, who: str) -> str | None:
+    """None, or why stored keys of this site cannot be moved to other positions."""
+    if geometry.rope is None:
+        return f"{who} moves rotary keys, and this site has no rotary embedding that qkv can read; use positions='original'"
+    if not geometry.rope.fixed:
+        return (
+            f"{who} moves rotary keys, and this model's frequencies depend on the length ({geometry.rope.kind}); use "
+            "positions='original'"
+        )
+    return None
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `InvalidParameter` with `message` unless the condition holds (for `validate`)."""
+    if not condition:
+        raise InvalidParameter(message)

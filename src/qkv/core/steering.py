@@ -1,0 +1,34 @@
+"""Steering: an edit of q, k, v, map, head output or logits while the model runs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qkv.core.cache import Compute
+from qkv.core.site import Site
+from qkv.core.spec import Method, Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringSpec(Spec):
+    """Facts about a steering method. neutral: parameters at which it is, bit for bit, the base model."""
+
+    kind: ClassVar[str] = "steering"
+    neutral: dict[str, object] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steering(Method):
+    """Wraps the attention of a site."""
+
+    spec: ClassVar[SteeringSpec]
+
+    @abstractmethod
+    def wrap(self, site: Site, compute: Compute) -> Compute:
+        """`compute` with the edit applied; see `qkv.core.cache.Compute` for the call."""
+
+    def fits(self, site: Site) -> str | None:
+        """None, or why this site cannot be steered."""
+        return None
