@@ -105,8 +105,8 @@ class Pattern(Method):
             return sdpa(q, k, v, mask=mask, causal=causal, scale=scale)
         if rest is not None and self.spec.masks != "any":
             raise Refused(
-                f"{self.id} takes causal and padding masks only; this mask also hides tokens from some queries "
-                "(packed sequences, a prefix, a sliding layer)"
+                f"{self.id} takes causal and padding masks only; this mask also hides tokens from some "
+                "queries (packed sequences, a prefix, a sliding layer)"
             )
         plan = self.plan(q, k, scale=scale, causal=causal, padding=padding)
         plan = plan if rest is None else plan.restrict(rest)
@@ -116,7 +116,7 @@ class Pattern(Method):
 def read_mask(
     mask: Tensor | None, q: Tensor, k: Tensor, causal: bool, who: str
 ) -> tuple[Tensor | None, Tensor | None, bool]:
-    """What a token mask says: padding ``[B, M]`` (or None), what is left of it (or None), and whether it is causal.
+    """What a token mask says: padding ``[B, M]`` (or None), the rest of it (or None), whether it is causal.
 
     A dense mask that is padding and causality spelt out, as model libraries pass it, is recognised as that.
     In any other mask a key that no query sees counts as padding only when N = M, where each token sees
@@ -128,13 +128,9 @@ def read_mask(
     if mask.dtype != torch.bool:
         raise InvalidInput(f"{who}: mask must be bool (True = may attend), got {mask.dtype}")
     mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
-    fits = (
-        all(s in (1, t) for s, t in zip(mask.shape, (b, h, n, m), strict=True)) if mask.ndim == 4 else False
-    )
+    fits = all(s in (1, t) for s, t in zip(mask.shape, (b, h, n, m), strict=True)) if mask.ndim == 4 else False
     if not fits:
-        raise InvalidInput(
-            f"{who}: mask {tuple(mask.shape)} does not broadcast to [B, H, N, M] = {(b, h, n, m)}"
-        )
+        raise InvalidInput(f"{who}: mask {tuple(mask.shape)} does not broadcast to [B, H, N, M] = {(b, h, n, m)}")
     if mask.shape[1:3] == (1, 1):
         return mask[:, 0, 0].expand(b, m), None, causal
     real = mask.any(2).any(1).expand(b, m)  # [B, M]
@@ -157,6 +153,5 @@ def check_padding(padding: Tensor | None, k: Tensor, who: str) -> None:
     want = (k.shape[0], k.shape[2])
     if padding is not None and (padding.dtype != torch.bool or tuple(padding.shape) != want):
         raise InvalidInput(
-            f"{who}: padding must be bool [B, M] = {want}, True = real; got {padding.dtype} "
-            f"{tuple(padding.shape)}"
+            f"{who}: padding must be bool [B, M] = {want}, True = real; got {padding.dtype} {tuple(padding.shape)}"
         )

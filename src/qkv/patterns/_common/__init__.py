@@ -1,0 +1,1 @@
+"""What patterns share: how a plan is computed. Plain torch, any device, with gradients."""
