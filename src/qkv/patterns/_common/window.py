@@ -155,9 +155,9 @@ def _edge(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, start: int, c: int, 
         tokens = tokens.expand(-1, -1, -1, m)
         tokens = tokens[:, :, start : start + n] if tokens.shape[2] > 1 else tokens
         allowed = allowed & tokens[..., lo:hi]
-    if plan.sinks and lo > 0:
+    if plan.sinks and (lo > 0 or hi < m):
         sink = _sink_index(plan)  # [B|1, S]
-        seen = (sink < lo)[:, None, None]  # the others are in the slice
+        seen = ((sink < lo) | (sink >= hi))[:, None, None]  # the others are in the slice
         if plan.causal:
             seen = seen & (sink[:, None, None] <= i + (m - plan.queries))
         if tokens is not None:
