@@ -57,7 +57,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, who: str
 
 
 def readable(*tensors: Tensor) -> bool:
-    """Whether values may be looked at: not on the meta device, under a compiler or in a CUDA graph capture."""
+    """Whether values may be looked at: not on the meta device, when compiling or capturing a CUDA graph."""
     if torch.compiler.is_compiling() or any(x.is_meta for x in tensors):
         return False
     return not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())

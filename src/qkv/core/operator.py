@@ -165,8 +165,8 @@ class Operator(Method):
             raise Refused(f"{self.id} has no padded form; pass each row alone")
         want = (k.shape[0], k.shape[2])
         if not isinstance(padding, Tensor) or padding.dtype != torch.bool or tuple(padding.shape) != want:
-            got = (padding.dtype, tuple(padding.shape)) if isinstance(padding, Tensor) else type(padding).__name__
-            raise InvalidInput(f"{self.id}: padding must be bool [B, M] = {want}, True = real token; got {got}")
+            got = f"{getattr(padding, 'dtype', type(padding))} {tuple(getattr(padding, 'shape', ()))}"
+            raise InvalidInput(f"{self.id}: padding must be bool [B, M] = {want}, True = real; got {got}")
         if padding.device != q.device:
             raise InvalidInput(f"{self.id}: padding lies on {padding.device}, q on {q.device}")
 
@@ -216,11 +216,12 @@ class Operator(Method):
             extra = self.spec.extras[name]
             if (extra.low is None and extra.high is None) or not readable(x):
                 continue
-            low, high = (float(y) for y in x.aminmax())
+            low, high = (float(y) for y in x.detach().aminmax())
             if (extra.low is not None and low < extra.low) or (extra.high is not None and high > extra.high):
-                wanted = [f">= {extra.low}"] * (extra.low is not None) + [f"<= {extra.high}"] * (extra.high is not None)
-                raise InvalidInput(f"{self.id}: `{name}` must be {' and '.join(wanted)} ({extra.doc}); got values "
-                                   f"from {low:.4g} to {high:.4g}")  # fmt: skip
+                bounds = ((">=", extra.low), ("<=", extra.high))
+                wanted = " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
+                raise InvalidInput(f"{self.id}: `{name}` must be {wanted} ({extra.doc}); got values from "
+                                   f"{low:.4g} to {high:.4g}")  # fmt: skip
 
 
 def _blank(x: Tensor, axes: str, padding: Tensor, aligned: bool) -> Tensor:
@@ -237,7 +238,9 @@ def _blank(x: Tensor, axes: str, padding: Tensor, aligned: bool) -> Tensor:
             gone = ~padding[:, padding.shape[1] - x.shape[at] :]
             gone = gone.reshape(-1, *(1,) * (at - 1), x.shape[at], *(1,) * (x.ndim - at - 1))
             if letter == "n" and not aligned:
-                gone = gone & ~torch.isfinite(x) if x.shape[at] == padding.shape[1] else torch.zeros_like(gone)
+                if x.shape[at] != padding.shape[1]:
+                    continue
+                gone = gone & ~torch.isfinite(x)
             x = x.masked_fill(gone, 0.0)
     return x
 

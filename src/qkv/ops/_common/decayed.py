@@ -1,0 +1,231 @@
+r"""Linear attention whose memory decays: the core that many operators share.
+
+    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,     o_t = scale S_t^T q_t
+        = scale sum_{j <= t} [sum_d q_td k_jd exp(G_td - G_jd)] v_j,     G = cumulative sum of g (inclusive)
+
+with an optional normaliser, z_t = exp(g_t) z_{t-1} + k_t and o_t <- S_t^T q_t / (z_t . q_t + eps). The decay
+of a step acts on the old state only. g <= 0 is needed: then every exponent below is <= 0 and nothing
+overflows, however strong the decay.
+
+Three forms of one map: `recurrent` (a loop over tokens), `quadratic` (the whole map), `chunked` (matmuls
+inside chunks, one state carried between them; sub-chunks keep a decay per channel stable: only the diagonal
+blocks need the explicit sum over channels, all others factor through the first row of the query's block).
+
+Axes: B batch, H heads, N tokens, C chunk, K sub-chunk, D key width, E value width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkv.core.errors import InvalidInput, UnknownName
+from qkv.core.spec import near
+
+FORMS = ("chunked", "recurrent", "quadratic")
+BLOCK_ELEMENTS = 1 << 24  # products held at once in a diagonal block (64 MiB in float32)
+
+
+class Decayed(NamedTuple):
+    """out ``[B, H, N, E]`` in q's dtype; state S ``[B, H, D, E]`` and z ``[B, H, D]`` (or None), float32 or wider."""
+
+    out: Tensor
+    state: Tensor
+    keys: Tensor | None
+
+
+def decayed_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float = 1.0,
+    normalise: bool = False,
+    eps: float = 0.0,
+    state: Tensor | None = None,
+    keys: Tensor | None = None,
+    padding: Tensor | None = None,
+    form: Literal["chunked", "recurrent", "quadratic"] = "chunked",
+    chunk_size: int = 64,
+    sub_chunk: int = 16,
+) -> Decayed:
+    """Causal linear attention with decay.
+
+    q: ``[B, H, N, D]``; k: ``[B, G, N, D]``; v: ``[B, G, N, E]``. log_decay: None, ``[H]``, ``[B, H, N]`` or
+    ``[B, H, N, D]``, natural logs <= 0. normalise: divide by ``z . q + eps`` (rows where that is 0 give 0;
+    `scale` then cancels). state, keys: S and z to start from. padding: ``[B, N]`` bool, True = real; padded
+    tokens leave the state as it is. chunk_size, sub_chunk: tokens; sub_chunk divides chunk_size. Sums run in
+    float32 (float64 for float64 inputs). Raises `InvalidInput`, `UnknownName`.
+    """
+    if form not in FORMS:
+        raise UnknownName(f"decayed linear attention has no form {form!r}{near(form, FORMS)}")
+    if chunk_size < 1 or sub_chunk < 1 or chunk_size % sub_chunk:
+        raise InvalidInput(f"chunk_size={chunk_size} must be a multiple of sub_chunk={sub_chunk}, both at least 1")
+    b, h, n, d = q.shape
+    wide, dtype = torch.promote_types(q.dtype, torch.float32), q.dtype
+    k, v = (x.repeat_interleave(h // x.shape[1], 1) if x.shape[1] != h else x for x in (k, v))
+    q, k, v = q.to(wide) * scale, k.to(wide), v.to(wide)
+    decay = _decay(log_decay, b, h, n, d).to(wide) if log_decay is not None else None
+    if padding is not None:
+        real = padding[:, None, :, None]
+        k = k.masked_fill(~real, 0.0)
+        decay = None if decay is None else decay.masked_fill(~real, 0.0)
+    if normalise:
+        v = F.pad(v, (0, 1), value=1.0)  # the last value column sums the weights: z is that column of S
+    s = _start(state, keys, normalise, (b, h, d, v.shape[-1]), q)
+    out, s = {"chunked": _chunked, "recurrent": _recurrent, "quadratic": _quadratic}[form](
+        q, k, v, decay, s, chunk_size, sub_chunk
+    )
+    if not normalise:
+        return Decayed(out.to(dtype), s, None)
+    total = out[..., -1:] + eps
+    some = total != 0
+    out = torch.where(some, out[..., :-1] / torch.where(some, total, 1.0), 0.0)
+    return Decayed(out.to(dtype), s[..., :-1], s[..., -1])
+
+
+def _decay(log_decay: Tensor, b: int, h: int, n: int, d: int) -> Tensor:
+    """As ``[B, H, N, 1]`` (one rate per head and token) or ``[B, H, N, D]``."""
+    shape = tuple(log_decay.shape)
+    if shape == (h,):
+        return log_decay[None, :, None, None].expand(b, h, n, 1)
+    if shape == (b, h, n):
+        return log_decay.unsqueeze(-1)
+    if shape == (b, h, n, d):
+        return log_decay
+    raise InvalidInput(f"log_decay has shape {shape}; expected {(h,)}, {(b, h, n)} or {(b, h, n, d)}")
+
+
+def _start(state: Tensor | None, keys: Tensor | None, normalise: bool, shape: Any, like: Tensor) -> Tensor:
+    """S (with z as its last column when normalising) at the start."""
+    if state is None and keys is None:
+        return like.new_zeros(shape)
+    if state is None or (keys is None) == normalise:
+        need = "both `state` and `keys`" if normalise else "`state` alone"
+        raise InvalidInput(f"a start of {'' if normalise else 'un'}normalised linear attention is {need}")
+    s = state if keys is None else torch.cat([state, keys.unsqueeze(-1)], -1)
+    if tuple(s.shape) != tuple(shape):
+        raise InvalidInput(f"the state at the start has shape {tuple(s.shape)}, expected {tuple(shape)}")
+    return s.to(like.dtype)
+
+
+def _recurrent(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, s: Tensor, chunk_size: int, sub_chunk: int
+) -> tuple[Tensor, Tensor]:
+    """One token after the other."""
+    outs = []
+    for t in range(q.shape[2]):
+        if decay is not None:
+            s = s * decay[:, :, t].exp().unsqueeze(-1)  # [B, H, D, E]
+        s = s + k[:, :, t].unsqueeze(-1) * v[:, :, t].unsqueeze(-2)
+        outs.append((q[:, :, t].unsqueeze(-2) @ s).squeeze(-2))
+    return torch.stack(outs, 2), s
+
+
+def _quadratic(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, s: Tensor, chunk_size: int, sub_chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The whole map ``[B, H, N, N]``: one chunk, one block."""
+    return _chunked(q, k, v, decay, s, q.shape[2], q.shape[2])
+
+
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, s: Tensor, chunk_size: int, sub_chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Matmuls inside chunks, the state carried between them."""
+    n = q.shape[2]
+    if n <= sub_chunk:
+        chunk_size = sub_chunk = n
+    elif n < chunk_size:
+        chunk_size = -(-n // sub_chunk) * sub_chunk
+    q, k, v = (_split(x, chunk_size) for x in (q, k, v))  # [B, H, chunks, C, .]
+    if decay is None:
+        total = None
+        within = (q @ k.mT).tril()
+        q_in, k_out = q, k
+    else:
+        total = _split(decay, chunk_size).cumsum(-2)  # G, starting anew in each chunk; [B, H, chunks, C, 1 | D]
+        last = total[..., -1:, :]
+        if total.shape[-1] == 1:
+            within = (q @ k.mT) * _lower(total - total.mT)
+        else:
+            within = _blocks(q, k, total, sub_chunk)
+        q_in, k_out = q * total.exp(), k * (last - total).exp()
+    added = k_out.mT @ v  # [B, H, chunks, D, E]
+    before = []
+    for c in range(q.shape[2]):
+        before.append(s)
+        if total is not None:
+            s = s * total[:, :, c, -1].exp().unsqueeze(-1)
+        s = s + added[:, :, c]
+    out = within @ v + q_in @ torch.stack(before, 2)
+    return out.flatten(2, 3)[:, :, :n], s
+
+
+def _split(x: Tensor, chunk: int) -> Tensor:
+    """``[B, H, N, .]`` -> ``[B, H, chunks, C, .]``, with zeros at the end: empty tokens that do not decay."""
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % chunk))
+    return x.unflatten(2, (-1, chunk))
+
+
+def _lower(exponent: Tensor) -> Tensor:
+    """Exponential on and below the diagonal, 0 above it; nothing above it is ever exponentiated."""
+    n = exponent.shape[-1]
+    below = torch.ones(n, n, dtype=torch.bool, device=exponent.device).tril()
+    return exponent.masked_fill(~below, -torch.inf).exp()
+
+
+def _blocks(q: Tensor, k: Tensor, total: Tensor, size: int) -> Tensor:
+    """sum_d q_id k_jd exp(G_id - G_jd) for j <= i inside each chunk; q, k, G ``[..., C, D]`` -> ``[..., C, C]``."""
+    c = q.shape[-2]
+    rows = []
+    for start in range(0, c, size):
+        stop = start + size
+        q_i, g_i = q[..., start:stop, :], total[..., start:stop, :]
+        parts = [_Diagonal.apply(q_i, k[..., start:stop, :], g_i)]
+        if start:
+            first = total[..., start : start + 1, :]  # both exponents are <= 0: i >= start > j
+            earlier = k[..., :start, :] * (first - total[..., :start, :]).exp()
+            parts.insert(0, (q_i * (g_i - first).exp()) @ earlier.mT)
+        rows.append(F.pad(torch.cat(parts, -1), (0, c - stop)))
+    return torch.cat(rows, -2)
+
+
+class _Diagonal(torch.autograd.Function):
+    """One block of the map with a decay per channel, summed explicitly; keeps no ``[K, K, D]`` product for backward.
+
+    With A_ij = sum_d q_id k_jd exp(G_id - G_jd) and dA the gradient on it: dq_i = sum_j dA_ij k_j exp(G_i -
+    G_j), dk_j = sum_i dA_ij q_i exp(G_i - G_j), dG = q dq - k dk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, g: Tensor) -> Tensor:
+        """q, k, g ``[..., K, D]`` -> ``[..., K, K]``."""
+        ctx.save_for_backward(q, k, g)
+        return _in_parts(lambda w, q, k: torch.einsum("xid,xjd,xijd->xij", q, k, w), g, q, k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Gradients of q, k, g; made of torch operations, so it can be differentiated again."""
+        q, k, g = ctx.saved_tensors
+        dq = _in_parts(lambda w, a, k: torch.einsum("xij,xjd,xijd->xid", a, k, w), g, grad, k)
+        dk = _in_parts(lambda w, a, q: torch.einsum("xij,xid,xijd->xjd", a, q, w), g, grad, q)
+        return dq, dk, q * dq - k * dk
+
+
+def _in_parts(function: Any, g: Tensor, *tensors: Tensor) -> Tensor:
+    """`function` of exp(G_i - G_j) ``[X, K, K, D]`` and the tensors, a bounded number of leading rows at a time."""
+    lead, size, d = g.shape[:-2], g.shape[-2], g.shape[-1]
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in (g, *tensors)]
+    below = torch.ones(size, size, dtype=torch.bool, device=g.device).tril()[..., None]
+    step = max(1, BLOCK_ELEMENTS // (size * size * d))
+    outs = []
+    for parts in zip(*(x.split(step) for x in flat), strict=True):
+        exponent = parts[0].unsqueeze(-2) - parts[0].unsqueeze(-3)  # [X, K, K, D]
+        outs.append(function(exponent.masked_fill(~below, -torch.inf).exp(), *parts[1:]))
+    out = torch.cat(outs)
+    return out.reshape(*lead, *out.shape[1:])
