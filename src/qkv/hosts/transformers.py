@@ -403,7 +403,9 @@ def _prepare_cache(
         mask = model_kwargs.get(
             "decoder_attention_mask" if session.model.config.is_encoder_decoder else "attention_mask"
         )
-        session.adopt(cache, prompt=None if mask is None else mask.shape[-1])
+        # transformers >= 5.2x drops a mask of ones and leaves its length on the configuration.
+        length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[-1]
+        session.adopt(cache, prompt=length if isinstance(length, int) and length > 0 else None)
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
     return out
