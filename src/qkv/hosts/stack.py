@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
@@ -85,8 +86,14 @@ class SiteState:
     tally: Tally = field(default_factory=Tally)
     applied: bool = False
 
-    def compute(self) -> Compute | None:
-        """The attention of this site, or None for plain exact attention."""
+    @property
+    def plain(self) -> bool:
+        """Whether this site still computes plain exact attention (observers only look on)."""
+        altered = self.operator is not None and self.operator.id != "full"
+        return not (altered or self.pattern is not None or self.steering)
+
+    def compute(self, dropout: float = 0.0) -> Compute | None:
+        """The attention of this site, or None for plain exact attention. dropout: for plain attention in training."""
         run: Compute | None = None
         if self.operator is not None and self.operator.id != "full":
             run = _operator_compute(self.operator)
@@ -95,7 +102,7 @@ class SiteState:
         for method in self.steering:
             run = method.wrap(self.site, run or sdpa)
         for callback in self.observers:
-            run = _observed(self.site, run or sdpa, callback)
+            run = _observed(self.site, run or (functools.partial(sdpa, dropout=dropout) if dropout else sdpa), callback)
         return run
 
 
