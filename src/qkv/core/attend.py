@@ -104,7 +104,7 @@ def attend(
     b, h, n, d = q.shape
     g, m = k.shape[1:3]
     r = h // g
-    scale = d**-0.5 if scale is None else scale
+    scale = float(d**-0.5 if scale is None else scale)
     wide = torch.promote_types(q.dtype, torch.float32)
     if mask is not None:
         mask = _grouped(mask, b, h, g, n, m)

@@ -75,8 +75,8 @@ def methods(kind: str | None = None) -> list[Spec]:
     return sorted((s for s in specs if kind in (None, s.kind)), key=lambda s: (KINDS.index(s.kind), s.id))
 
 
-def method(name: str, /, **parameters: Any) -> Method:
-    """A frozen configuration of the method `name`.
+def method(name: str | Method, /, **parameters: Any) -> Any:
+    """A frozen configuration of the method `name` (an instance of its class, so of its kind).
 
     `name` may carry settings in the command line's form (``"h2o:budget=0.25"``); keyword parameters win over
     them. Raises `UnknownName` (with the nearest valid names) and `InvalidParameter`.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -323,7 +323,7 @@ def mutant(cls: type[M], /, label: str = "", **changes: Any) -> type[M]:
     facts = {k: v for k, v in changes.items() if k in cls.spec.__dataclass_fields__}
     body = {k: v for k, v in changes.items() if k not in facts}
     body |= {"spec": replace(cls.spec, **facts), "__module__": __name__}
-    return type(f"Mutant{cls.__name__}", (cls,), body)
+    return cast("type[M]", type(f"Mutant{cls.__name__}", (cls,), body))
 
 
 def expect(condition: Any, message: str) -> None:

@@ -166,7 +166,7 @@ def variety(case: Case) -> Iterator[tuple[str, Inputs]]:
     spec = case.spec
     salt = 0
     for causal in modes(spec):
-        plain = [(f"choice {c}", {"choice": c}) for c in choices(spec)]
+        plain: list[tuple[str, dict[str, Any]]] = [(f"choice {c}", {"choice": c}) for c in choices(spec)]
         if spec.gqa:
             plain += [("one key head", {"g": 1}), ("two heads per key head", {"h": 2 * H, "g": H})]
         if spec.cross:
