@@ -1,0 +1,685 @@
+r"""Quantised groups behind a full-precision residual: each token is quantised once, when it leaves the residual.
+
+    x^ = code * s + z,   z = min,  s = (max - min) / (2^bits - 1),   code = round(clamp((x - z) / s, 0, 2^bits - 1))
+
+Keys share s and z over `group` consecutive tokens of one channel, values over `group` consecutive channels of one token.
+Codes lie in int32 words, element j of a word at bits j * bits; s and z are float16 (magnitudes above 65504 saturate) and
+codes are taken against the stored, rounded s and z.
+
+A row's tokens are stored by their logical position: padding is never stored, so it cannot widen a group's range, and groups
+are cut at the same tokens whether a row is alone or left-padded in a batch. Rows of different length flush at different
+times. Only the residual and the attention weights ever meet the quantised part in floating point, block by block: the scales
+are folded into queries and weights, the dequantised cache never exists as a whole (a set `Step.compute`, which wants plain
+tensors, is the exception).
+
+Between two flushes no buffer changes shape or place. Axes: B batch, H query heads, G key/value heads, N new queries, M
+stored tokens, D head width, E value width, R residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from qkv.caches._stores.dense import grown, resized
+from qkv.core.attend import CHUNK_ELEMENTS, causal_mask, sdpa
+from qkv.core.cache import Geometry, LayerCache, Step
+from qkv.core.errors import InvalidInput, InvalidParameter, Refused, StateError
+
+BITS = (2, 4, 8, 16)
+"""Widths of a code; 16 stands for the value itself, unchanged."""
+BLOCK_ELEMENTS = 1 << 20  # codes held in floating point at once
+PIECE = 4096  # tokens quantised at once
+
+
+# -- bits -----------------------------------------------------------------------------------------------------------
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes ``[..., n]`` (integers below 2^bits) to int32 words ``[..., ceil(n * bits / 32)]``, element j at bits j * bits.
+
+    Raises `InvalidParameter` unless bits is 2, 4 or 8.
+    """
+    _check_bits(bits)
+    per, lanes = 32 // bits, 8 // bits
+    x = codes.to(torch.uint8)
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % per))
+    x = x.reshape(*x.shape[:-1], -1, lanes)
+    out = x[..., 0]
+    for lane in range(1, lanes):
+        out = out | (x[..., lane] << (lane * bits))
+    return out.contiguous().view(torch.int32)
+
+
+def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes ``[..., count]`` (uint8) of words ``[..., W]``: the inverse of `pack_bits`.
+
+    The bytes of a word are spread over wider integers with shifts, so that the codes come out in place, one per byte.
+    """
+    _check_bits(bits)
+    if words.dtype != torch.int32 or words.shape[-1] * 32 // bits < count:
+        raise InvalidInput(
+            f"{count} codes of {bits} bits need int32 words [..., {-(-count * bits // 32)}], got {words.dtype} "
+            f"{tuple(words.shape)}"
+        )
+    x = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        y = x.to(torch.int16)
+        x = ((y | y << 4) & 0x0F0F).view(torch.uint8)
+    elif bits == 2:
+        y = x.to(torch.int32)
+        x = ((y | y << 6 | y << 12 | y << 18) & 0x03030303).view(torch.uint8)
+    return x[..., :count]
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in (2, 4, 8):
+        raise InvalidParameter(f"codes of {bits} bits cannot be packed; choose 2, 4 or 8")
+
+
+# -- groups ---------------------------------------------------------------------------------------------------------
+
+
+def _quantize(x: Tensor, bits: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups ``[..., g]`` to codes uint8 ``[..., g]``, scale and zero ``[...]`` of `dtype` (None: at least float32)."""
+    _check_bits(bits)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide if dtype is None else dtype
+    x, top, most = x.to(wide), 2**bits - 1, torch.finfo(dtype).max
+    low, high = x.amin(-1), x.amax(-1)
+    zero = low.clamp(-most, most).to(dtype)
+    scale = ((high - low) / top).clamp(max=most).to(dtype)
+    flat = scale == 0
+    scale = scale.masked_fill(flat, 1)
+    codes = ((x - zero.to(wide).unsqueeze(-1)) / scale.to(wide).unsqueeze(-1)).clamp(0, top).round()
+    return codes.masked_fill(flat.unsqueeze(-1), 0).to(torch.uint8), scale, zero
+
+
+def quantize_per_channel_tokens(
+    x: Tensor, bits: int, group: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys ``[..., T, D]``: one range per channel and `group` consecutive tokens.
+
+    Returns codes uint8 ``[..., T / group, D, group]``, scale and zero ``[..., T / group, D]`` of `dtype` (None: at least
+    float32). Raises `InvalidInput` unless group divides T.
+    """
+    _divides(x, -2, group, "tokens")
+    return _quantize(x.unflatten(-2, (-1, group)).mT, bits, dtype)
+
+
+def quantize_per_token_channels(
+    x: Tensor, bits: int, group: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values ``[..., T, E]``: one range per token and `group` consecutive channels.
+
+    Returns codes uint8 ``[..., T, E / group, group]``, scale and zero ``[..., T, E / group]`` of `dtype` (None: at least
+    float32). Raises `InvalidInput` unless group divides E.
+    """
+    _divides(x, -1, group, "channels")
+    return _quantize(x.unflatten(-1, (-1, group)), bits, dtype)
+
+
+def dequantize_per_channel_tokens(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """``[..., T, D]`` from what `quantize_per_channel_tokens` returned."""
+    return (codes.to(scale.dtype) * scale.unsqueeze(-1) + zero.unsqueeze(-1)).mT.flatten(-3, -2)
+
+
+def dequantize_per_token_channels(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """``[..., T, E]`` from what `quantize_per_token_channels` returned."""
+    return (codes.to(scale.dtype) * scale.unsqueeze(-1) + zero.unsqueeze(-1)).flatten(-2)
+
+
+def _divides(x: Tensor, axis: int, group: int, what: str) -> None:
+    if x.ndim < 2 or x.shape[axis] % group or not x.is_floating_point():
+        raise InvalidInput(
+            f"groups of {group} {what} do not divide {tuple(x.shape)} ({x.dtype}): expected floating-point [..., T, D] with a "
+            "multiple of the group"
+        )
+
+
+# -- the quantised part ---------------------------------------------------------------------------------------------
+
+
+class _Shelf:
+    """Append-only buffers ``[B, G, capacity, ...]`` that grow by a small share along their third axis."""
+
+    def __init__(self) -> None:
+        self.codes: Tensor | None = None
+        self.scale: Tensor | None = None
+        self.zero: Tensor | None = None
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        for name in ("codes", "scale", "zero"):
+            x = getattr(self, name)
+            if x is not None:
+                yield name, x
+
+    def write(self, rows: Tensor | None, batch: int, at: int, slack: int, **parts: Tensor) -> None:
+        """Put parts ``[B', G, n, ...]`` at place `at` of the given rows (None: all)."""
+        for name, part in parts.items():
+            end, held = at + part.shape[2], getattr(self, name)
+            if held is None:
+                held = part.new_zeros((batch, part.shape[1], end, *part.shape[3:]))
+            if held.shape[2] < end:
+                held = resized(held, end + max(slack, end // 32), held.shape[2])
+            held[slice(None) if rows is None else rows, :, at:end] = part
+            setattr(self, name, held)
+
+
+@final
+class PackedCache(LayerCache):
+    """Keys and values of every token seen: the older ones quantised, the newest in full precision; see the module.
+
+    After L tokens of a row the first L - (L mod R) keys and the first L - R values are quantised. A call attends to what was
+    stored before it and to its own tokens unquantised; then tokens move.
+    """
+
+    def __init__(self, geometry: Geometry, *, k_bits: int, v_bits: int, group: int, residual: int) -> None:
+        self.geometry = geometry
+        self.k_bits, self.v_bits, self.group, self.residual = k_bits, v_bits, group, residual
+        self.recording = False
+        self.prompt: int | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything (not the recording mode)."""
+        self.keys = _Shelf()  # codes [B, G, C / group, D, words], scale and zero [B, G, C / group, D]
+        self.values = _Shelf()  # codes [B, G, C, words], scale and zero [B, G, C, E / group]
+        self.key_tail: Tensor | None = None  # [B, G, <= R, D], a token of position p in slot p mod R
+        self.value_tail: Tensor | None = None  # [B, G, <= R, E], the same
+        self.real: Tensor | None = None  # [B, >= seen] which columns were tokens; None while none was padding
+        self.length: list[int] = []  # tokens of each row
+        self.key_done: list[int] = []  # of these, keys quantised: a multiple of R
+        self.value_done: list[int] = []
+        self.seen = 0
+        self._undo: _Undo | None = None
+
+    # -- one call ---------------------------------------------------------------------------------------------------
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """See `LayerCache.attend`. The first block attends to the live tensors, so gradients flow through it."""
+        if not self.length:
+            self._begin(k, v)
+        if self.recording:
+            return self._provisional(q, k, v, step)
+        return self._absorb(q, k, v, step)
+
+    def _begin(self, k: Tensor, v: Tensor) -> None:
+        b, g = k.shape[:2]
+        self.length, self.key_done, self.value_done = [0] * b, [0] * b, [0] * b
+        self.key_tail, self.value_tail = k.new_zeros(b, g, 0, k.shape[3]), v.new_zeros(b, g, 0, v.shape[3])
+
+    def _absorb(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        b, n = step.position.shape
+        counts = [n] * b if step.padding is None else (step.position >= 0).sum(-1).tolist()
+        real = step.position >= 0 if min(counts) < n else None
+        out = self._attention(q, k, v, step, real)
+        self._columns(n, real)
+        if real is not None:  # real tokens first, in order
+            order = (~real).to(torch.int8).argsort(dim=-1, stable=True)[:, None, :, None]
+            k, v = (x.gather(2, order.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
+        self._append(k.detach(), v.detach(), counts)
+        return out
+
+    def _columns(self, n: int, real: Tensor | None) -> None:
+        """Note which of the next `n` columns are tokens."""
+        end = self.seen + n
+        if self.real is None and real is not None:
+            self.real = real.new_ones(real.shape[0], end)
+        if self.real is not None:
+            if self.real.shape[1] < end:
+                wider = self.real.new_ones(self.real.shape[0], grown(self.real.shape[1], end))
+                wider[:, : self.seen] = self.real[:, : self.seen]
+                self.real = wider
+            self.real[:, self.seen : end] = True if real is None else real
+        self.seen = end
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, step: Step, real: Tensor | None) -> Tensor:
+        """Over what is stored and the block itself: ``[B, H, N, E]``. real ``[B, N]``: which of its tokens count, None: all."""
+        stored, n = max(self.length), q.shape[2]
+        if step.mask is not None and (real is not None or any(x != self.seen for x in self.length)):
+            raise Refused(
+                "a 4-D or packed-sequence mask names columns, and this cache stores no padding: pass a 2-D attention_mask"
+            )
+        mask = None if real is None else real[:, None, None, :]
+        causal = step.causal and step.mask is None
+        if stored == 0 or step.compute is not None:
+            if stored:
+                keys, values, holds = self.read()
+                if holds is not None or mask is not None:
+                    old = k.new_ones(k.shape[0], stored, dtype=torch.bool) if holds is None else holds
+                    new = k.new_ones(k.shape[0], n, dtype=torch.bool) if real is None else real
+                    mask = torch.cat((old, new), 1)[:, None, None, :]
+                k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)
+            mask = step.mask if mask is None else mask
+            return (step.compute or sdpa)(q, k, v, mask=mask, causal=causal, scale=step.scale)
+        size = max(1, CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * (stored + n)))
+        outs = [self._split(q, k, v, step, mask, causal, a, min(n, a + size)) for a in range(0, n, size)]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+    def _split(
+        self, q: Tensor, k: Tensor, v: Tensor, step: Step, mask: Tensor | None, causal: bool, start: int, stop: int
+    ) -> Tensor:
+        """The queries start .. stop: one softmax over quantised part, residual and block; ``[B, H, stop - start, E]``."""
+        b, h, n, d = q.shape
+        g, stored = k.shape[1], max(self.length)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        x = (q[:, :, start:stop].to(wide) * step.scale).reshape(b, g, -1, d)  # [B, G, H/G * rows, D]
+        logits = torch.cat((self._key_logits(x), x @ k.to(wide).mT), -1).view(b, h, stop - start, stored + n)
+        if causal and n > 1:
+            logits[..., stored:].masked_fill_(~causal_mask(n, n, q.device, start, stop - start), -torch.inf)
+        if mask is not None:
+            logits[..., stored:].masked_fill_(~mask, -torch.inf)
+        if step.mask is not None:
+            logits = logits.masked_fill(~step.mask[..., start:stop, :], -torch.inf)
+        top = logits.amax(-1, keepdim=True)
+        weights = (logits - top.masked_fill(top == -torch.inf, 0)).exp()
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+        weights = weights.view(b, g, -1, stored + n)
+        out = self._value_mix(weights[..., :stored]) + weights[..., stored:] @ v.to(wide)
+        return out.view(b, h, stop - start, -1).to(v.dtype)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _uniform(self) -> bool:
+        """Whether all rows hold the same number of tokens in the same state."""
+        return all(len(set(x)) <= 1 for x in (self.length, self.key_done, self.value_done))
+
+    def _per_row(self, counts: list[int], device: torch.device) -> Tensor:
+        return torch.tensor(counts, device=device).view(-1, 1)
+
+    def _key_columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Per row: where the key of position p lies behind the quantised part of the longest row, and whether there is one."""
+        p = torch.arange(max(self.length), device=device)
+        done, length = self._per_row(self.key_done, device), self._per_row(self.length, device)
+        most = max(self.key_done)
+        last = most + max(n - d for n, d in zip(self.length, self.key_done, strict=True)) - 1
+        return torch.where(p < done, p, (most + p - done).clamp(max=max(last, 0))), p < length
+
+    def _value_positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Per row: the position ``[B, slots]`` that each slot of the value tail holds, and whether it holds one."""
+        assert self.value_tail is not None
+        slot = torch.arange(self.value_tail.shape[2], device=device)
+        done, length = self._per_row(self.value_done, device), self._per_row(self.length, device)
+        p = done + (slot - done) % self.residual
+        return p.clamp(max=max(self.length) - 1), p < length
+
+    def _key_logits(self, x: Tensor) -> Tensor:
+        """Scaled queries x ``[B, G, Q, D]`` times every stored key: ``[B, G, Q, M]``, -inf where a row has no token."""
+        assert self.key_tail is not None
+        b, g, r, d = x.shape
+        most, parts = max(self.key_done), []
+        codes, scale, zero = self.keys.codes, self.keys.scale, self.keys.zero
+        for a, z in _blocks(most // self.group, b * g * d * self.group):
+            assert codes is not None
+            if scale is None or zero is None:
+                part = x.unsqueeze(2) @ codes[:, :, a:z].to(x.dtype)  # [B, G, groups, Q, group]
+            else:
+                bits = unpack_bits(codes[:, :, a:z], self.k_bits, self.group).to(x.dtype)
+                part = (x.unsqueeze(2) * scale[:, :, a:z].to(x.dtype).unsqueeze(3)) @ bits
+                part = part + (zero[:, :, a:z].to(x.dtype) @ x.mT).unsqueeze(-1)
+            parts.append(part.transpose(2, 3).reshape(b, g, r, -1))
+        tail = max(n - d for n, d in zip(self.length, self.key_done, strict=True))
+        parts.append(x @ self.key_tail[:, :, :tail].to(x.dtype).mT)
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        if self._uniform:
+            return logits
+        at, holds = self._key_columns(x.device)
+        logits = logits.gather(-1, at[:, None, None].expand(-1, g, r, -1))
+        return logits.masked_fill(~holds[:, None, None], -torch.inf)
+
+    def _value_mix(self, weights: Tensor) -> Tensor:
+        """Weights ``[B, G, Q, M]`` times every stored value: ``[B, G, Q, E]``."""
+        assert self.value_tail is not None
+        b, g, r, _ = weights.shape
+        most, e = max(self.value_done), self.value_tail.shape[3]
+        out = weights.new_zeros(b, g, r, e)
+        older = weights[..., :most]
+        if not self._uniform and most:
+            inside = torch.arange(most, device=weights.device) < self._per_row(self.value_done, weights.device)
+            older = older * inside[:, None, None]
+        codes, scale, zero = self.values.codes, self.values.scale, self.values.zero
+        for a, z in _blocks(most, b * g * e):
+            assert codes is not None
+            w = older[..., a:z]
+            if scale is None or zero is None:
+                out += w @ codes[:, :, a:z].to(w.dtype)
+                continue
+            bits = unpack_bits(codes[:, :, a:z], self.v_bits, e).to(w.dtype)
+            s, low = scale[:, :, a:z].to(w.dtype), zero[:, :, a:z].to(w.dtype)
+            for i, channels in enumerate(bits.split(self.group, -1)):
+                mixed = (w * s[..., i].unsqueeze(2)) @ channels + w @ low[..., i : i + 1]
+                out[..., i * self.group : (i + 1) * self.group] += mixed
+        if self._uniform:
+            newest = _ring(self.value_tail, most, self.length[0], self.residual)
+            return out + weights[..., most : self.length[0]] @ newest.to(weights.dtype)
+        at, holds = self._value_positions(weights.device)
+        w = weights.gather(-1, at[:, None, None].expand(-1, g, r, -1)) * holds[:, None, None]
+        return out + w @ self.value_tail.to(weights.dtype)
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Everything stored, dequantised, by position: keys ``[B, G, M, D]``, values ``[B, G, M, E]``, and which are tokens.
+
+        The last is ``[B, M]``, or None when every row is equally long. For attentions that want plain tensors, and for
+        looking; decoding does not use it. Raises `StateError` on an empty cache.
+        """
+        if self.key_tail is None or self.value_tail is None:
+            raise StateError("the cache is empty")
+        g, device, dtype = self.key_tail.shape[1], self.key_tail.device, self.key_tail.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        k_most, v_most = max(self.key_done), max(self.value_done)
+        tail = max(n - d for n, d in zip(self.length, self.key_done, strict=True))
+        keys, values = [self.key_tail[:, :, :tail]], [self.value_tail]
+        if k_most:
+            codes, scale, zero = (None if x is None else x[:, :, : k_most // self.group] for x in _of(self.keys))
+            assert codes is not None
+            if scale is None or zero is None:
+                old = codes.mT.flatten(2, 3)
+            else:
+                bits = unpack_bits(codes, self.k_bits, self.group)
+                old = dequantize_per_channel_tokens(bits, scale.to(wide), zero.to(wide)).to(dtype)
+            keys.insert(0, old)
+        if v_most:
+            codes, scale, zero = (None if x is None else x[:, :, :v_most] for x in _of(self.values))
+            assert codes is not None
+            if scale is None or zero is None:
+                old = codes
+            else:
+                bits = unpack_bits(codes, self.v_bits, self.value_tail.shape[3]).unflatten(-1, (-1, self.group))
+                old = dequantize_per_token_channels(bits, scale.to(wide), zero.to(wide)).to(self.value_tail.dtype)
+            values.insert(0, old)
+        all_keys, all_values = torch.cat(keys, 2), torch.cat(values, 2)
+        p = torch.arange(max(self.length), device=device)
+        done = self._per_row(self.value_done, device)
+        at_value = torch.where(p < done, p, v_most + p % self.residual).clamp(max=all_values.shape[2] - 1)
+        at_key, holds = self._key_columns(device)
+        all_keys = all_keys.gather(2, at_key[:, None, :, None].expand(-1, g, -1, all_keys.shape[3]))
+        all_values = all_values.gather(2, at_value[:, None, :, None].expand(-1, g, -1, all_values.shape[3]))
+        return all_keys, all_values, None if len(set(self.length)) <= 1 else holds
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def _append(self, k: Tensor, v: Tensor, counts: list[int]) -> None:
+        """Add the first counts[row] tokens of k, v ``[B, G, n, .]`` to each row and quantise what leaves the residual."""
+        assert self.key_tail is not None and self.value_tail is not None
+        have = self.key_tail.shape[2]
+        slots = min(self.residual, grown(have, max(n + c for n, c in zip(self.length, counts, strict=True))))
+        if slots > have:
+            self.key_tail, self.value_tail = (resized(x, slots, have) for x in (self.key_tail, self.value_tail))
+        alike: dict[tuple[int, int, int, int], list[int]] = {}
+        for row, state in enumerate(zip(self.length, self.key_done, self.value_done, counts, strict=True)):
+            alike.setdefault(state, []).append(row)
+        for (length, key_done, value_done, count), members in alike.items():
+            if not count:
+                continue
+            rows = None if len(alike) == 1 else torch.tensor(members, device=k.device)
+            new_k, new_v = (x[:, :, :count] if rows is None else x[rows, :, :count] for x in (k, v))
+            key_done = self._append_keys(rows, new_k, length, key_done)
+            value_done = self._append_values(rows, new_v, length, value_done)
+            for row in members:
+                self.length[row], self.key_done[row], self.value_done[row] = length + count, key_done, value_done
+
+    def _append_keys(self, rows: Tensor | None, k: Tensor, length: int, done: int) -> int:
+        """Whole residuals are quantised at once; returns how many keys of these rows are quantised now."""
+        assert self.key_tail is not None
+        every, have = slice(None) if rows is None else rows, length - done
+        full = (have + k.shape[2]) // self.residual * self.residual
+        if full:
+            if have:
+                k = torch.cat((self.key_tail[every, :, :have], k), 2)
+            size = max(1, PIECE // self.group) * self.group
+            for start in range(0, full, size):
+                self._shelve_keys(rows, k[:, :, start : min(full, start + size)], done + start)
+            k, have = k[:, :, full:], 0
+        self.key_tail[every, :, have : have + k.shape[2]] = k
+        return done + full
+
+    def _shelve_keys(self, rows: Tensor | None, k: Tensor, at: int) -> None:
+        batch, place = len(self.length), at // self.group
+        if self.k_bits == 16:
+            self.keys.write(rows, batch, place, 0, codes=k.unflatten(2, (-1, self.group)).mT)
+            return
+        codes, scale, zero = quantize_per_channel_tokens(k, self.k_bits, self.group, torch.float16)
+        self.keys.write(rows, batch, place, 0, codes=pack_bits(codes, self.k_bits), scale=scale, zero=zero)
+
+    def _append_values(self, rows: Tensor | None, v: Tensor, length: int, done: int) -> int:
+        """First in, first out, token by token; returns how many values of these rows are quantised now."""
+        assert self.value_tail is not None
+        every = slice(None) if rows is None else rows
+        over = max(0, length - done + v.shape[2] - self.residual)
+        old = min(over, length - done)
+        if old:
+            self._shelve_values(rows, _ring(self.value_tail, done, done + old, self.residual, every), done)
+        fresh = over - old
+        for start in range(0, fresh, PIECE):
+            self._shelve_values(rows, v[:, :, start : min(fresh, start + PIECE)], done + old + start)
+        v, at = v[:, :, fresh:], length + fresh
+        for slot, part in _arcs(at, at + v.shape[2], self.residual):
+            self.value_tail[every, :, slot] = v[:, :, part]
+        return done + over
+
+    def _shelve_values(self, rows: Tensor | None, v: Tensor, at: int) -> None:
+        batch = len(self.length)
+        if self.v_bits == 16:
+            self.values.write(rows, batch, at, 32, codes=v)
+            return
+        codes, scale, zero = quantize_per_token_channels(v, self.v_bits, self.group, torch.float16)
+        words = pack_bits(codes.flatten(-2), self.v_bits)
+        self.values.write(rows, batch, at, 32, codes=words, scale=scale, zero=zero)
+
+    # -- speculation ------------------------------------------------------------------------------------------------
+
+    def announce(self, prompt: int) -> None:
+        """See `LayerCache.announce`."""
+        self.prompt = prompt
+
+    def record(self) -> None:
+        """See `LayerCache.record`."""
+        self.recording = True
+
+    def _provisional(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """A block that `crop` may shorten: what belongs to the prompt at once, the rest token by token as decoding would.
+
+        Codes only ever follow codes, so taking tokens back means: the residual as it was before the block, and the counts.
+        """
+        self._undo = None
+        n = q.shape[2]
+        known = n if self.prompt is None and self.seen == 0 else (self.prompt or 0) - self.seen
+        head, base, outs = min(n, max(0, known)), self.seen, []
+        if head:
+            outs.append(self._absorb(q[:, :, :head], k[:, :, :head], v[:, :, :head], _cut(step, base, 0, head)))
+        assert self.key_tail is not None and self.value_tail is not None
+        undo = _Undo(
+            self.key_tail.clone(),
+            self.value_tail.clone(),
+            (list(self.length), list(self.key_done), list(self.value_done), self.seen),
+        )
+        for i in range(head, n):
+            part = slice(i, i + 1)
+            outs.append(self._absorb(q[:, :, part], k[:, :, part], v[:, :, part], _cut(step, base, i, i + 1)))
+        undo.k, undo.v, undo.position = k[:, :, head:].detach(), v[:, :, head:].detach(), step.position[:, head:]
+        self._undo = undo
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest `tokens` columns, or raise `StateError` (nothing changed) where they are quantised already.
+
+        In recording mode the last block is taken back exactly, as if its rejected tokens had never come. Otherwise tokens are
+        taken out of the residual: codes stay as they are, and the value residual fills up again before more is quantised.
+        """
+        if tokens < 0 or tokens > self.seen:
+            raise StateError(f"cannot forget {tokens} tokens of a cache that holds {self.seen}")
+        undo = self._undo
+        if undo is None or not tokens:
+            self._shorten(tokens)
+            self._undo = None
+            return
+        assert undo.k is not None and undo.v is not None and undo.position is not None
+        block = undo.k.shape[2]
+        self._return(undo)
+        try:
+            self._shorten(max(0, tokens - block))
+        except StateError:
+            self._replay(undo, block)
+            raise
+        self._undo = None
+        self._replay(undo, max(0, block - tokens))
+
+    def _shorten(self, tokens: int) -> None:
+        if not tokens:
+            return
+        if self.real is None:
+            gone = [tokens] * len(self.length)
+        else:
+            gone = self.real[:, self.seen - tokens : self.seen].sum(-1).tolist()
+        room = [n - max(a, b) - x for n, a, b, x in zip(self.length, self.key_done, self.value_done, gone, strict=True)]
+        if min(room) < 0:
+            raise StateError(
+                f"{tokens} tokens cannot be taken back: {-min(room)} of them are quantised already (residual="
+                f"{self.residual}). Start speculative decoding through `generate` (it records), or keep a copy of the cache"
+            )
+        self.length = [n - x for n, x in zip(self.length, gone, strict=True)]
+        self.seen -= tokens
+
+    def _return(self, undo: _Undo) -> None:
+        """Go back to before the provisional block; a residual that grew since keeps its size."""
+        assert self.key_tail is not None and self.value_tail is not None
+        self.key_tail[:, :, : undo.key_tail.shape[2]] = undo.key_tail
+        self.value_tail[:, :, : undo.value_tail.shape[2]] = undo.value_tail
+        length, key_done, value_done, self.seen = undo.counts
+        self.length, self.key_done, self.value_done = list(length), list(key_done), list(value_done)
+
+    def _replay(self, undo: _Undo, tokens: int) -> None:
+        """Store the first `tokens` of the provisional block again, one by one; their attention was given before."""
+        assert undo.k is not None and undo.v is not None and undo.position is not None
+        for i in range(tokens):
+            real = undo.position[:, i] >= 0
+            counts = [1] * len(self.length) if self.real is None else real.long().tolist()
+            self._columns(1, None if self.real is None else real[:, None])
+            self._append(undo.k[:, :, i : i + 1], undo.v[:, :, i : i + 1], counts)
+
+    # -- the rest of the contract -----------------------------------------------------------------------------------
+
+    def _held(self) -> Iterator[tuple[str, Tensor]]:
+        for name, shelf in (("keys", self.keys), ("values", self.values)):
+            yield from ((f"{name}.{part}", x) for part, x in shelf.named())
+        for name in ("key_tail", "value_tail", "real"):
+            x = getattr(self, name)
+            if x is not None:
+                yield name, x
+
+    def select(self, rows: Tensor) -> None:
+        """See `LayerCache.select`."""
+        if self._undo is not None:
+            raise StateError("beams cannot be reordered inside a speculative block; crop it first")
+        for shelf in (self.keys, self.values):
+            for name, x in list(shelf.named()):
+                setattr(shelf, name, x.index_select(0, rows.to(x.device)))
+        for name in ("key_tail", "value_tail", "real"):
+            x = getattr(self, name)
+            if x is not None:
+                setattr(self, name, x.index_select(0, rows.to(x.device)))
+        if self.length:
+            picked = [0] * rows.shape[0] if self._uniform else rows.tolist()
+            for name in ("length", "key_done", "value_done"):
+                counts = getattr(self, name)
+                setattr(self, name, [counts[i] for i in picked])
+
+    def bytes(self) -> int:
+        """Bytes of codes, scales, zeros and residual, unused capacity and what a provisional block holds included."""
+        undo = self._undo
+        more = () if undo is None else (undo.key_tail, undo.value_tail, undo.k, undo.v, undo.position)
+        held = [x for _, x in self._held()] + [x for x in more if x is not None]
+        return sum(x.numel() * x.element_size() for x in held)
+
+    def kept(self) -> int:
+        """All tokens of the longest row."""
+        return max(self.length, default=0)
+
+    def positions(self) -> Tensor:
+        """``[B, G, M]``: a token's slot is its position; -1 beyond the end of a shorter row."""
+        if self.key_tail is None:
+            raise StateError("the cache is empty")
+        b, g = self.key_tail.shape[:2]
+        p = torch.arange(max(self.length), device=self.key_tail.device).expand(b, -1)
+        p = p.masked_fill(p >= self._per_row(self.length, p.device), -1)
+        return p[:, None].expand(b, g, -1)
+
+    def counters(self) -> dict[str, Any]:
+        """See `LayerCache.counters`."""
+        rows = {name: list(getattr(self, name)) for name in ("length", "key_done", "value_done")}
+        return {"seen": self.seen, **rows}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of the used part of every buffer, and the counts ``[3, B]`` (tokens, keys and values quantised)."""
+        if not self.length:
+            return {}
+        used = {"keys": max(self.key_done) // self.group, "values": max(self.value_done), "key_tail": None}
+        out = {}
+        for name, x in self._held():
+            end = used.get(name.partition(".")[0])
+            out[name] = (x[:, : self.seen] if name == "real" else x if end is None else x[:, :, :end]).clone()
+        counts = torch.tensor([self.length, self.key_done, self.value_done])
+        return out | {"counts": counts, "seen": torch.tensor(self.seen)}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `LayerCache.restore`."""
+        self.reset()
+        for name, x in tensors.items():
+            if name == "counts":
+                self.length, self.key_done, self.value_done = x.tolist()
+            elif name == "seen":
+                self.seen = int(x)
+            else:
+                shelf, _, part = name.rpartition(".")
+                setattr(getattr(self, shelf) if shelf else self, part, x.clone())
+
+
+class _Undo:
+    """What is needed to take back part of a provisional block: residual and counts before it, and the block."""
+
+    def __init__(
+        self, key_tail: Tensor, value_tail: Tensor, counts: tuple[list[int], list[int], list[int], int]
+    ) -> None:
+        self.key_tail, self.value_tail, self.counts = key_tail, value_tail, counts
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.position: Tensor | None = None
+
+
+def _of(shelf: _Shelf) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return shelf.codes, shelf.scale, shelf.zero
+
+
+def _blocks(count: int, elements: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cut `count` items of `elements` each into blocks of at most BLOCK_ELEMENTS."""
+    size = max(1, BLOCK_ELEMENTS // elements)
+    for start in range(0, count, size):
+        yield start, min(count, start + size)
+
+
+def _arcs(start: int, stop: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """The positions start .. stop of a ring of `size` slots: (slots, places in the run), in at most two pieces."""
+    at = start
+    while at < stop:
+        slot = at % size
+        end = min(stop, at + size - slot)
+        yield slice(slot, slot + end - at), slice(at - start, end - start)
+        at = end
+
+
+def _ring(tail: Tensor, start: int, stop: int, size: int, rows: slice | Tensor = slice(None)) -> Tensor:
+    """The tokens start .. stop ``[B', G, stop - start, .]`` of a ring ``[B, G, size, .]``, in order."""
+    parts = [tail[rows, :, slot] for slot, _ in _arcs(start, stop, size)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2) if parts else tail[rows, :, :0]
+
+
+def _cut(step: Step, base: int, start: int, stop: int) -> Step:
+    """The part of a step that concerns its tokens start .. stop; `base` columns precede the step's first token."""
+    padding = None if step.padding is None else step.padding[:, : base + stop]
+    mask = None if step.mask is None else step.mask[..., start:stop, : base + stop]
+    return Step(step.position[:, start:stop], step.scale, padding, mask, step.compute, step.causal)
