@@ -113,7 +113,7 @@ def resolve_model(
     if name == "smollm2":
         return smollm2(dtype, device)
     wanted, path = _dtype(dtype), Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if (path / "qkv.json").is_file():
             raise InvalidInput(f"{path} was written by qkv.save: it holds what methods changed, not a whole model; load it "
                                "with qkv.load, or give the base model here")  # fmt: skip
@@ -121,9 +121,9 @@ def resolve_model(
             raise InvalidInput(f"{path} has no config.json, so it is not a saved model; give a folder that "
                                "`save_pretrained` wrote, a hub id, or smollm2")  # fmt: skip
         return _load(path, wanted, device, f"the folder {path}")
-    if path.exists():
+    if name and path.exists():
         raise InvalidInput(f"{path} is a file; give the folder of a saved model, a hub id, or smollm2")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/\w[\w.-]*)?", name):
         raise InvalidInput(f"there is no folder {name!r}, and it is no hub id either (owner/name); without a network use "
                            "a local folder or smollm2")  # fmt: skip
     hint = "" if "/" in name else near(name, ["smollm2"])
