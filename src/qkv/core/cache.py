@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qkv.core.errors import InvalidParameter, Refused
+from qkv.core.errors import InvalidParameter, Refused, StateError
 from qkv.core.spec import Method, Spec
 
 Compute = Callable[..., Tensor]
@@ -79,6 +79,20 @@ class Step:
     mask: Tensor | None = None
     compute: Compute | None = None
     causal: bool = True
+
+
+@dataclass(slots=True)
+class Now:
+    """Where a captured decoding step stands, on the device, shared by all sites.
+
+    cursor: int64 ``[1]`` logical column of the new token. length: int32 ``[1]`` columns including it. position: int32
+    ``[B, 1]`` its position in its row. start: int32 ``[B]`` left padding of each row, or None.
+    """
+
+    cursor: Tensor
+    length: Tensor
+    position: Tensor
+    start: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +164,10 @@ class LayerCache(ABC):
     def bytes(self) -> int:
         """Bytes held by all tensors of this layer, capacity included."""
 
+    def full_bytes(self, k: Tensor, v: Tensor) -> int:
+        """Bytes that a plain cache of the tokens seen would hold; k, v as last handed to `attend`."""
+        return k.shape[0] * self.seen * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
+
     @abstractmethod
     def kept(self) -> int:
         """Largest number of tokens stored for any row and head, without asking the device."""
@@ -176,9 +194,24 @@ class LayerCache(ABC):
     def announce(self, prompt: int) -> None:
         """The host knows that `prompt` logical tokens belong to the prompt (chunked or speculative prefill)."""
 
+    def reserve(self, tokens: int) -> None:
+        """The host expects `tokens` logical tokens in all and wants static shapes: room may be made at once."""
+
     def static(self) -> bool:
-        """Whether the next one-token step changes no shape and reads no value on the host (CUDA graph)."""
+        """Whether `step` can serve the next token: no shape changes, no value is read on the host (CUDA graph)."""
         return False
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, now: Now) -> Tensor:
+        """One token on static buffers; as `attend` with one query. Only called when `static()`."""
+        raise StateError(f"{type(self).__name__} has no static step")
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The tensors whose addresses a captured step depends on."""
+        return ()
+
+    def counters(self) -> dict[str, Any]:
+        """The host's counters, to be put back after a capture (which runs the host code but not the device's)."""
+        return {"seen": self.seen}
 
     def advance(self) -> None:
         """Count one replayed step (the host's counters only; the device work was in the graph)."""

@@ -225,19 +225,17 @@ def clash(entries: Sequence[tuple[Method, Sequence[Site]]]) -> str | None:
     for method, at in entries:
         role = ROLES.get(method.spec.kind)
         for site in at:
-            if role is None or role == "steers":
-                key = (site.name, method.id)
-            else:
-                key = (site.name, role)
-            other = taken.get(key)
-            if other is not None:
-                if other == method:
-                    return f"{method} is applied twice at {site.name}; once is enough (`qkv.revert` takes it out)"
-                return (
-                    f"{other} and {method} both want to be what {role or 'acts'} at {site.name}; apply one of them, or give "
-                    "them different `where`"
-                )
-            taken[key] = method
+            own = method.id if role is None or role == "steers" else role
+            for does in (own, "stores") if getattr(method.spec, "stores", False) else (own,):
+                other = taken.get((site.name, does))
+                if other is not None:
+                    if other == method:
+                        return f"{method} is applied twice at {site.name}; once is enough (`qkv.revert` takes it out)"
+                    return (
+                        f"{other} and {method} both want to be what {does if role else 'acts'} at {site.name}; apply one of "
+                        "them, or give them different `where`"
+                    )
+                taken[site.name, does] = method
     return None
 
 

@@ -31,6 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from qkv.caches._stores.dense import DenseCache
 from qkv.core.attend import causal_mask, sdpa
 from qkv.core.cache import CacheMethod, Geometry, LayerCache, Rope, Step
+from qkv.core.conversion import Conversion
 from qkv.core.errors import InvalidInput, NotApplied, Refused, SavedDataError, StateError
 from qkv.core.operator import Operator
 from qkv.core.pattern import Pattern
@@ -178,7 +179,9 @@ def _unsupported(module: nn.Module) -> str | None:
 
 
 def _rope(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> Rope | None:
-    """The rotary embedding that serves a module: the nearest ``rotary_emb`` up the tree."""
+    """The rotary embedding that serves a module: the nearest ``rotary_emb`` up the tree. Converted layers rotate their own way."""
+    if getattr(module, "qkv_attention", False):
+        return None
     parts = name.split(".")
     for depth in range(len(parts), -1, -1):
         prefix = ".".join(parts[:depth])
@@ -214,6 +217,8 @@ class Session:
         self.states: dict[str, SiteState] = {}
         self.base: str | None = None
         self.graph: Any = None
+        self.room = 0  # tokens to reserve for in a new cache (graphs need static shapes)
+        self.now: Any = None  # set while a decoding step is captured (see hosts/graph.py)
         self._positions: tuple[Any, int, int, Tensor] | None = None
 
     def state(self, site: Site) -> SiteState:
@@ -259,6 +264,7 @@ class Session:
             self.model.get_submodule(name).__dict__.pop(_ATTRIBUTE, None)
         for parent, child, module in reversed(self.swapped):
             setattr(parent, child, module)
+            module.__dict__.pop(_ATTRIBUTE, None)
         for config, kind in self.original.values():
             config._attn_implementation_internal = kind
         self.model.__dict__.pop(_ATTRIBUTE, None)
@@ -319,14 +325,15 @@ class Session:
                 )
             self._announce(cache, prompt)
             return
-        compressing = [s for s in served if self.states[s.name].cache is not None]
+        compressing = [s for s in served if self.states[s.name].cache is not None or self._own_layer(s) is not None]
         filled = any(int(layer.get_seq_length()) > 0 for layer in cache.layers if hasattr(layer, "get_seq_length"))
         if type(cache) is not DynamicCache or filled:
             if not compressing:
                 return
             what = f"a {type(cache).__name__}" + (" that already holds tokens" if filled else "")
+            who = self.states[compressing[0].name].cache or compressing[0].module
             raise Refused(
-                f"{self.states[compressing[0].name].cache} keeps its own cache and was given {what}; leave past_key_values "
+                f"{who} keeps its own cache and was given {what}; leave past_key_values "
                 "and cache_implementation out, or pass a fresh DynamicCache()"
             )
         layers = list(cache.layers)
@@ -334,7 +341,9 @@ class Session:
         while len(layers) <= last:
             layers.append(DynamicLayer())
         for site in served:
-            layers[cast(int, site.layer)] = self._layer(site)
+            layers[cast(int, site.layer)] = layer = self._layer(site)
+            if self.room and isinstance(layer, QKVLayer):
+                layer.memory.reserve(self.room)
         cache.layers = layers
         cache.layer_class_to_replicate = None if len(layers) > last else cache.layer_class_to_replicate
         cache.__dict__[_ATTRIBUTE] = self
@@ -346,9 +355,12 @@ class Session:
             return False
         return state.cache is not None or site.window is None
 
+    def _own_layer(self, site: Site) -> Callable[[], Any] | None:
+        """What makes the cache layer of a converted site that keeps something else than keys and values."""
+        return getattr(self.model.get_submodule(site.name), "qkv_cache_layer", None)
+
     def _layer(self, site: Site) -> Any:
-        module = self.model.get_submodule(site.name)
-        own = getattr(module, "qkv_cache_layer", None)
+        own = self._own_layer(site)
         if own is not None:
             return own()
         method = self.states[site.name].cache
@@ -405,6 +417,9 @@ def _prepare_cache(
         )
         # transformers >= 5.2x drops a mask of ones and leaves its length on the configuration.
         length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[-1]
+        if session.graph is not None:
+            total = kwargs.get("max_cache_length", args[2] if len(args) > 2 else None)
+            session.room = (total or generation_config.max_length) + 1
         session.adopt(cache, prompt=length if isinstance(length, int) and length > 0 else None)
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
@@ -582,10 +597,10 @@ def _uncached(
     if mask is not None and mask.shape[-2] != 1:
         causal = False
     causal = causal and q.shape[2] > 1
-    compute = state.compute()
+    compute = state.compute(dropout)
     if compute is None:
         return sdpa(q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout)
-    if dropout:
+    if dropout and not state.plain:
         raise Refused(
             f"{state.site.name} trains with attention dropout {dropout}, which only plain attention applies; set the "
             "model's attention dropout to 0"
@@ -599,6 +614,8 @@ def _cached(
     """Generation: the site's memory absorbs the new keys and values and attends."""
     b, _, n, _ = q.shape
     session, seen = state.session, memory.seen
+    if session.now is not None:
+        return memory.step(q, k, v, scale, session.now)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask > torch.finfo(mask.dtype).min / 2
     padding = other = None
@@ -610,7 +627,7 @@ def _cached(
     out = memory.attend(q, k, v, Step(position, scale, padding, other, state.compute(), True))
     tally = state.tally
     tally.seen, tally.bytes = memory.seen, memory.bytes()
-    tally.full_bytes = b * memory.seen * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
+    tally.full_bytes = memory.full_bytes(k, v)
     tally.kept = memory.kept()
     return out
 
@@ -661,7 +678,7 @@ def _judge(
         if fits is not None:
             return Plan(tuple(verdicts), fits)
         chosen = choose(found, where)
-        mine = [Verdict(method, s, stack.fits(method, s)) for s in chosen]
+        mine = [Verdict(method, s, _fits(model, method, s)) for s in chosen]
         verdicts += mine
         accepted = [v.site for v in mine if v.reason is None]
         if not accepted and refusal is None:
@@ -675,6 +692,17 @@ def _judge(
         refusal = refusal or conflict
         before.append((method, accepted))
     return Plan(tuple(verdicts), refusal)
+
+
+def _fits(model: PreTrainedModel, method: Method, site: Site) -> str | None:
+    """None, or why the method cannot act at the site: the rules of the stack, then those that look at the module."""
+    reason = stack.fits(method, site)
+    if reason is not None:
+        return reason
+    module = model.get_submodule(site.name)
+    if isinstance(method, CacheMethod) and hasattr(module, "qkv_cache_layer"):
+        return f"{type(module).__name__} keeps a cache of its own, which holds no keys and values to act on"
+    return method.fits(site, module) if isinstance(method, Conversion) else None
 
 
 def _role_fits(method: Method) -> str | None:
@@ -733,6 +761,7 @@ class _Snapshot:
         self.session = session
         self.entries = list(session.entries)
         self.swapped = len(session.swapped)
+        self.sites, self.objects = session.sites, dict(session.states)
         self.states = {
             n: (s.operator, s.pattern, s.cache, list(s.steering), s.applied) for n, s in session.states.items()
         }
@@ -745,7 +774,7 @@ class _Snapshot:
         for parent, child, module in reversed(session.swapped[self.swapped :]):
             setattr(parent, child, module)
         del session.swapped[self.swapped :]
-        session.entries = self.entries
+        session.entries, session.sites, session.states = self.entries, self.sites, self.objects
         for name, state in session.states.items():
             operator, pattern, cache, steering, applied = self.states.get(name, (None, None, None, [], False))
             state.operator, state.pattern, state.cache = operator, pattern, cache
@@ -754,7 +783,7 @@ class _Snapshot:
 
 def _enter(session: Session, method: Method, where: Any, data: Any) -> None:
     """Put one judged method at its sites."""
-    at = [s for s in choose(session.sites, where) if stack.fits(method, s) is None]
+    at = [s for s in choose(session.sites, where) if _fits(session.model, method, s) is None]
     entry = Entry(method, where if not callable(where) else [s.name for s in at], at)
     if method.spec.kind == "conversion":
         _convert(session, entry, data)
@@ -793,8 +822,9 @@ def _convert(session: Session, entry: Entry, data: Any, tensors: dict[str, Tenso
         state = session.states.get(site.name)
         if site.name in built:
             new = SiteState(site, session, applied=True)
-            if state is not None:
-                new.tally = state.tally
+            if state is not None:  # other methods at the site go on; the counts start anew with the module
+                new.operator, new.pattern, new.cache = state.operator, state.pattern, state.cache
+                new.steering, new.observers = state.steering, state.observers
             session.states[site.name] = new
             session.model.get_submodule(site.name).__dict__[_ATTRIBUTE] = new
         elif state is not None:
@@ -828,7 +858,7 @@ def observe(model: PreTrainedModel, callback: Callable[[Site, Call], None], wher
         session.install()
         model.__dict__[_ATTRIBUTE] = session
     try:
-        chosen = [s for s in choose(session.sites, where)]
+        chosen = choose(session.sites, where)
         bad = [s for s in chosen if s.reason is not None]
         if bad and where != "all":
             raise Refused(f"{bad[0].name} cannot be observed: {bad[0].reason}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qkv.core.attend import sdpa
-from qkv.core.cache import Geometry, LayerCache, Step
+from qkv.core.cache import Geometry, LayerCache, Now, Step
 from qkv.core.errors import StateError
 
 
@@ -37,11 +37,16 @@ class DenseCache(LayerCache):
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.padding: Tensor | None = None
+        self.left_padded = True
+        self.room = 0
         self.seen = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """See `LayerCache.attend`. The first block attends to the live tensors, so gradients flow through it."""
         first = self.seen == 0
+        if step.padding is not None and k.shape[2] > 1:
+            real = step.padding
+            self.left_padded = bool((real[:, 1:] | ~real[:, :-1]).all())  # no real token is followed by padding
         keys, values = self._append(k, v)
         self.padding = step.padding
         if first:
@@ -57,8 +62,9 @@ class DenseCache(LayerCache):
         n = k.shape[2]
         total = self.seen + n
         if self.keys is None or self.values is None:
-            self.keys = k.new_empty((*k.shape[:2], total, k.shape[3]))
-            self.values = v.new_empty((*v.shape[:2], total, v.shape[3]))
+            size = max(total, self.room)
+            self.keys = k.new_empty((*k.shape[:2], size, k.shape[3]))
+            self.values = v.new_empty((*v.shape[:2], size, v.shape[3]))
         capacity = grown(self.keys.shape[2], total)
         if capacity != self.keys.shape[2]:
             self.keys, self.values = (resized(x, capacity, self.seen) for x in (self.keys, self.values))
@@ -66,6 +72,36 @@ class DenseCache(LayerCache):
         self.values[:, :, self.seen : total] = v.detach()
         self.seen = total
         return self.keys[:, :, :total], self.values[:, :, :total]
+
+    def reserve(self, tokens: int) -> None:
+        """Allocate room for `tokens` at once, so that decoding never moves the buffers."""
+        self.room = tokens
+
+    def static(self) -> bool:
+        """On CUDA, with room for the token, and padding (if any) on the left."""
+        if self.keys is None or self.seen >= self.keys.shape[2] or not self.keys.is_cuda:
+            return False
+        return self.left_padded
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, now: Now) -> Tensor:
+        """See `LayerCache.step`."""
+        from qkv.kernels.decode import decode_attention
+
+        assert self.keys is not None and self.values is not None
+        self.keys.index_copy_(2, now.cursor, k)
+        self.values.index_copy_(2, now.cursor, v)
+        self.seen += 1
+        return decode_attention(q, self.keys, self.values, length=now.length, start=now.start, scale=scale)[0]
+
+    def advance(self) -> None:
+        """See `LayerCache.advance`."""
+        self.seen += 1
+        if self.padding is not None:
+            self.padding = torch.nn.functional.pad(self.padding, (0, self.seen - self.padding.shape[1]), value=True)
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Keys and values."""
+        return () if self.keys is None or self.values is None else (self.keys, self.values)
 
     def crop(self, tokens: int) -> None:
         """Forget the newest `tokens`; nothing is copied."""

@@ -7,14 +7,14 @@ which token a slot holds.
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from qkv.caches._stores.dense import grown, resized
 from qkv.core.attend import attend, sdpa
-from qkv.core.cache import Geometry, LayerCache, Policy, Step, View
+from qkv.core.cache import Geometry, LayerCache, Now, Policy, Step, View
 from qkv.core.errors import Refused, StateError
 
 
@@ -316,7 +316,7 @@ class RankedCache(LayerCache):
             outs.append(self._absorb(q[:, :, :head], k[:, :, :head], v[:, :, :head], _cut(step, self.seen, 0, head)))
         rest = _Undo(
             self.tensors(),
-            self._counters(),
+            self.counters(),
             q[:, :, head:],
             k[:, :, head:],
             v[:, :, head:],
@@ -361,14 +361,15 @@ class RankedCache(LayerCache):
 
     # -- the rest of the contract -----------------------------------------------------------------------------
 
-    def _counters(self) -> dict[str, int | bool]:
+    def counters(self) -> dict[str, Any]:
+        """See `LayerCache.counters`."""
         return {name: getattr(self, name) for name in ("filled", "most", "least", "holes", "seen")}
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of every tensor, and the counters as a 0-d tensor each."""
         names = ("keys", "values", "position", "state", "slot", "keep")
         out = {name: x.clone() for name in names if (x := getattr(self, name)) is not None}
-        return out | {f"count.{k}": torch.tensor(int(v)) for k, v in self._counters().items()} if out else out
+        return out | {f"count.{k}": torch.tensor(int(v)) for k, v in self.counters().items()} if out else out
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `LayerCache.restore`."""
@@ -408,7 +409,16 @@ class RankedCache(LayerCache):
 
     def static(self) -> bool:
         """True once every slot is in use: from then on a step overwrites in place."""
-        return self.slot is not None and not self.recording
+        return self.slot is not None and not self.recording and self.slot.is_cuda
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, now: Now) -> Tensor:
+        """See `LayerCache.step`."""
+        return self._one(q, k, v, Step(now.position, scale))
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Everything that a step reads or overwrites."""
+        held = (self.keys, self.values, self.position, self.state, self.slot, self.keep)
+        return tuple(x for x in held if x is not None)
 
 
 class _Undo:

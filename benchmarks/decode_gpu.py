@@ -1,0 +1,166 @@
+"""Decode on one GPU: plain, as CUDA graphs, and against transformers' own dynamic and static (auto-compiled) caches.
+
+    python benchmarks/decode_gpu.py --out benchmarks/results/decode_gpu.json [--layers 8] [--quick]
+
+Checks first (kernel against float64; graph tokens against plain tokens), then times everything in one process, medians over
+repeats. The model has the shape of an 8B Llama with fewer layers and random weights: it measures cost only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import qkv
+from qkv.bench.environment import environment
+from qkv.core.attend import attend
+from qkv.kernels.decode import decode_attention
+
+DEVICE = "cuda"
+
+
+def check_kernel() -> list[dict]:
+    """Largest relative error of the decode kernel against float64, and its time beside torch's fused kernels."""
+    rows = []
+    for b, h, g, m, d in ((1, 32, 8, 131072, 128), (8, 32, 8, 16384, 128), (16, 32, 8, 32768, 128), (1, 9, 3, 8192, 64)):
+        q = torch.randn(b, h, 1, d, device=DEVICE, dtype=torch.bfloat16)
+        k = torch.randn(b, g, m, d, device=DEVICE, dtype=torch.bfloat16)
+        v = torch.randn_like(k)
+        length = torch.tensor([m - 3], device=DEVICE, dtype=torch.int32)
+        out, lse = decode_attention(q, k, v, length=length, scale=d**-0.5)
+        want = attend(q[:1].double(), k[:1, :, : m - 3].double(), v[:1, :, : m - 3].double())
+        error = ((out[:1].double() - want.out).norm() / want.out.norm()).item()
+        assert error < 1e-2 and (lse[:1].double() - want.lse).abs().max() < 1e-2, (error, b, m)
+        ours = bench(lambda: decode_attention(q, k, v, length=length, scale=d**-0.5))
+        packed = q.reshape(b, g, h // g, d)
+        peers = {}
+        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+
+            try:
+                with sdpa_kernel(getattr(SDPBackend, name)):
+                    peers[name] = bench(lambda: torch.nn.functional.scaled_dot_product_attention(packed, k, v))
+            except RuntimeError as reason:
+                peers[name] = str(reason)[:60]
+        moved = 2 * k.numel() * 2
+        rows.append({"shape": [b, h, g, m, d], "relative_error": error, "ms": ours, "TB/s": moved / ours / 1e9, "peers_ms": peers})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def bench(run, repeats: int = 30) -> float:
+    """Median milliseconds by device events, the caller's inputs larger than the cache."""
+    for _ in range(5):
+        run()
+    times = []
+    for _ in range(repeats):
+        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        a.record()
+        run()
+        b.record()
+        b.synchronize()
+        times.append(a.elapsed_time(b))
+    return statistics.median(times)
+
+
+def decode(model, ids: torch.Tensor, new: int, **more) -> tuple[float, float, torch.Tensor]:
+    """(ms per token, seconds of the first call, tokens): the difference of a long and a short generation."""
+    settings = dict(do_sample=False, attention_mask=torch.ones_like(ids), pad_token_id=0, eos_token_id=None) | more
+    torch.cuda.synchronize()
+    t = time.perf_counter()
+    model.generate(ids, max_new_tokens=4, **settings)
+    torch.cuda.synchronize()
+    first = time.perf_counter() - t
+    per = []
+    for _ in range(3):
+        spans = []
+        for n in (8, 8 + new):
+            torch.cuda.synchronize()
+            t = time.perf_counter()
+            out = model.generate(ids, max_new_tokens=n, **settings)
+            torch.cuda.synchronize()
+            spans.append(time.perf_counter() - t)
+        per.append((spans[1] - spans[0]) / new * 1e3)
+    return statistics.median(per), first, out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--new", type=int, default=64)
+    a = parser.parse_args()
+    torch.manual_seed(0)
+    rows: list[dict] = []
+    kernel = check_kernel()
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=a.layers, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=32000, max_position_embeddings=131072, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(config).bfloat16().eval()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def row(label: str, b: int, n: int, **more) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        ids = torch.randint(3, 32000, (b, n), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
+        settings, method, graph = more.get("settings", {}), more.get("method"), more.get("graph", False)
+        result = {"what": label, "batch": b, "context": n}
+        try:
+            if method is None:
+                ms, first, tokens = decode(model, ids, a.new, prefill_chunk_size=4096, **settings)
+            else:
+                with qkv.applied(model, method, graph=graph):
+                    ms, first, tokens = decode(model, ids, a.new, prefill_chunk_size=4096, **settings)
+                    report = qkv.report(model)
+                    result |= {"cache_bytes": report.bytes, "full_bytes": report.full_bytes}
+                    if graph:
+                        graphs = model.__dict__["_qkv"].graph
+                        result |= {"replays": graphs.replays, "captures": graphs.captures, "plain": graphs.plain}
+            result |= {"ms_per_token": round(ms, 3), "first_call_s": round(first, 2),
+                       "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}  # fmt: skip
+            result["tokens"] = tokens[0, n : n + 8].tolist()
+            result["_all"] = tokens[:, n:]
+        except Exception as reason:
+            result["error"] = f"{type(reason).__name__}: {str(reason)[:300]}"
+        rows.append(result)
+        print({k: v for k, v in result.items() if k != "_all"}, flush=True)
+
+    shapes = ((1, 16384),) if a.quick else ((1, 16384), (8, 16384), (8, 32768))
+    methods = ["full", "window:budget=0.25", "streamingllm:window=4092", "h2o:budget=0.25"]
+    for b, n in shapes:
+        row("transformers dynamic", b, n)
+        for method in methods:
+            row(f"{method} plain", b, n, method=method)
+            row(f"{method} graph", b, n, method=method, graph=True)
+            plain, graph = rows[-2], rows[-1]
+            if "_all" in plain and "_all" in graph:
+                graph["equal_tokens"] = (plain["_all"] == graph["_all"]).float().mean().item()
+                print("equal to plain:", graph["equal_tokens"], flush=True)
+    for b, n in shapes:
+        row("transformers static, auto-compiled", b, n, settings={"cache_implementation": "static"})
+    for r in rows:
+        r.pop("_all", None)
+    record = {"environment": environment(seed=0), "model": config.to_diff_dict(), "weight_bytes": weights, "kernel": kernel, "rows": rows}
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps(record, indent=1, default=str))
+    base = {(r["batch"], r["context"]): r.get("ms_per_token") for r in rows if r["what"].startswith("transformers static")}
+    print(f"\n{'what':38} {'batch':>5} {'context':>7} {'ms/token':>9} {'x static':>9} {'peak GB':>8}")
+    for r in rows:
+        if "ms_per_token" in r:
+            ratio = (base.get((r["batch"], r["context"])) or float("nan")) / r["ms_per_token"]
+            print(f"{r['what']:38} {r['batch']:5} {r['context']:7} {r['ms_per_token']:9.2f} {ratio:9.2f} {r['peak_gb']:8.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+r"""The latent and the rotated shared key of every token, never its heads' keys and values: the memory of an MLA layer.
+
+    stored    x_s = [c_s | k_s],   c_s in R^r (latent),  k_s in R^p (rotary key, one for all heads)
+    absorbed  score = scale (W_UK^T q_nope . c_s + q_rope . k_s),   out = W_UV sum_s p_s c_s
+
+Few queries read the stored rows as they are (one key head of width r + p serves all query heads); many queries expand the
+rows to heads first, which then costs less. Both are the same map.
+
+Axes: B batch, H query heads, G expanded key/value heads, N queries, S stored rows, D key width, E value width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+
+from qkv.caches._stores.dense import grown, resized
+from qkv.core.attend import causal_mask, sdpa
+from qkv.core.cache import LayerCache, Step
+from qkv.core.errors import StateError
+
+
+class Up(Protocol):
+    """The up-projections of an MLA layer, as its memory needs them."""
+
+    def absorb(self, q: Tensor) -> Tensor:
+        """Queries ``[B, H, N, D]`` against latents: ``[B, H, N, r + p]``."""
+        ...
+
+    def lift(self, out: Tensor) -> Tensor:
+        """Mixed latents ``[B, H, N, r]`` to head outputs ``[B, H, N, E]``."""
+        ...
+
+    def expand(self, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents ``[B, 1, S, r]`` and rotary keys ``[B, 1, S, p]`` to keys ``[B, G, S, D]`` and values ``[B, G, S, E]``."""
+        ...
+
+    def expands(self, queries: int) -> bool:
+        """Whether expanding every row is cheaper than absorbing, for this many new queries."""
+        ...
+
+
+def absorbed(
+    q: Tensor, rows: Tensor, rank: int, up: Up, *, mask: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
+    """Attention of q ``[B, H, N, D]`` to `rows` ``[B, 1, S, r + p]`` without expanding them -> ``[B, H, N, E]``.
+
+    mask: bool, broadcastable to ``[B, H, N, S]``. Heads and queries share one axis, so that no row is repeated per head.
+    """
+    b, h, n, _ = q.shape
+    s = rows.shape[2]
+    wide = up.absorb(q)  # [B, H, N, r + p]
+    if causal and n > 1:
+        past = causal_mask(n, s, q.device)[None, None]
+        mask = past if mask is None else mask & past
+    if mask is not None:
+        mask = mask.expand(mask.shape[0], h, n, s).reshape(mask.shape[0], 1, h * n, s)
+    out = sdpa(wide.reshape(b, 1, h * n, -1), rows, rows[..., :rank], mask=mask, scale=scale)
+    return up.lift(out.reshape(b, h, n, rank))
+
+
+@final
+class LatentCache(LayerCache):
+    """Rows ``[B, 1, capacity, r + p]``; the slot of a token is its logical column. Grows by a small share.
+
+    up: the layer's projections (shared with the layer, also by copies of this memory). full_width: numbers a token that the
+    keys and values would take which this memory stands for.
+    """
+
+    def __init__(self, up: Up, full_width: int) -> None:
+        self.up, self.full_width = up, full_width
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.rows: Tensor | None = None
+        self.padding: Tensor | None = None
+        self.rank = 0
+        self.seen = 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """q ``[B, H, N, D]`` (rotary part rotated), k: latents ``[B, 1, N, r]``, v: rotated keys ``[B, 1, N, p]``.
+
+        The first block attends to the live tensors, so gradients flow through it. An attention other than the exact one
+        (`Step.compute`) gets the expanded keys and values.
+        """
+        first = self.seen == 0
+        live = torch.cat((k, v), dim=-1)
+        rows = self._append(live, k.shape[-1])
+        rows = live if first else rows
+        self.padding = step.padding
+        mask = None if step.padding is None else step.padding[:, None, None, :]
+        if step.mask is not None:
+            mask = step.mask if mask is None else mask & step.mask
+        causal = step.causal and step.mask is None
+        if step.compute is None and not self.up.expands(q.shape[2]):
+            return absorbed(q, rows, self.rank, self.up, mask=mask, causal=causal, scale=step.scale)
+        keys, values = self.up.expand(rows[..., : self.rank], rows[..., self.rank :])
+        return (step.compute or sdpa)(q, keys, values, mask=mask, causal=causal, scale=step.scale)
+
+    def _append(self, new: Tensor, rank: int) -> Tensor:
+        total = self.seen + new.shape[2]
+        if self.rows is None:
+            self.rows, self.rank = new.new_empty((new.shape[0], 1, total, new.shape[3])), rank
+        capacity = grown(self.rows.shape[2], total)
+        if capacity != self.rows.shape[2]:
+            self.rows = resized(self.rows, capacity, self.seen)
+        self.rows[:, :, self.seen : total] = new.detach()
+        self.seen = total
+        return self.rows[:, :, :total]
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest `tokens`; nothing is copied."""
+        if tokens > self.seen:
+            raise StateError(f"cannot forget {tokens} tokens of a cache that holds {self.seen}")
+        self.seen -= tokens
+        if self.padding is not None:
+            self.padding = self.padding[:, : self.seen]
+
+    def select(self, rows: Tensor) -> None:
+        """See `LayerCache.select`."""
+        for name in ("rows", "padding"):
+            x = getattr(self, name)
+            if x is not None:
+                setattr(self, name, x.index_select(0, rows.to(x.device)))
+
+    def bytes(self) -> int:
+        """Bytes of the buffer, unused capacity included."""
+        return 0 if self.rows is None else self.rows.numel() * self.rows.element_size()
+
+    def full_bytes(self, k: Tensor, v: Tensor) -> int:
+        """See `LayerCache.full_bytes`."""
+        return k.shape[0] * self.seen * self.full_width * k.element_size()
+
+    def kept(self) -> int:
+        """All tokens seen."""
+        return self.seen
+
+    def positions(self) -> Tensor:
+        """``[B, 1, seen]``."""
+        if self.rows is None:
+            raise StateError("the cache is empty")
+        b = self.rows.shape[0]
+        if self.padding is None:
+            row = torch.arange(self.seen, device=self.rows.device).expand(b, -1)
+        else:
+            row = (self.padding.long().cumsum(-1) - 1).masked_fill(~self.padding, -1)
+        return row[:, None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Latents ``[B, 1, S, r]`` and rotated keys ``[B, 1, S, p]`` of the tokens seen, and the padding mask."""
+        if self.rows is None:
+            return {}
+        rows = self.rows[:, :, : self.seen]
+        out = {"latent": rows[..., : self.rank].contiguous(), "rope": rows[..., self.rank :].contiguous()}
+        return out if self.padding is None else out | {"padding": self.padding}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `LayerCache.restore`."""
+        self.reset()
+        if tensors:
+            self.rows = torch.cat((tensors["latent"], tensors["rope"]), dim=-1)
+            self.rank, self.seen = tensors["latent"].shape[-1], self.rows.shape[2]
+            self.padding = tensors.get("padding")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LatentCache:
+        """Rows of its own, the same layer."""
+        twin = LatentCache(self.up, self.full_width)
+        memo[id(self)] = twin
+        twin.rows = None if self.rows is None else self.rows.clone()
+        twin.padding, twin.rank, twin.seen = self.padding, self.rank, self.seen
+        return twin

@@ -1,0 +1,121 @@
+r"""Decode attention over a preallocated cache whose length lives on the device: split over keys, merged by log-sum-exp.
+
+    out_h = sum_{start <= j < length} softmax_j(scale q_h . k_j) v_j
+
+One query token per row. The heads of a KV group share every key and value they read. Shapes and launch are the same at every
+length up to the capacity, so the call can be captured in a CUDA graph. Bound: bytes of keys and values in [start, length).
+
+Axes: B batch, H query heads, G key/value heads, R = H / G, C capacity, D head width, E value width, S splits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qkv.core.errors import InvalidInput
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _split(
+    q_ptr, k_ptr, v_ptr, length_ptr, start_ptr, part_ptr, lse_ptr,
+    scale2, G, R, S, D, E,
+    q_b, q_h, k_b, k_g, k_c, v_b, v_g, v_c,
+    HAS_START: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """One split of one (row, KV head): partial out [R, E] and its lse (base 2)."""
+    pair, split = tl.program_id(0), tl.program_id(1)
+    b, g = pair // G, pair % G
+    length = tl.load(length_ptr)
+    start = 0
+    if HAS_START:
+        start = tl.load(start_ptr + b)
+    per = tl.cdiv(tl.cdiv(length - start, S), BLOCK) * BLOCK
+    low = start + split * per
+    high = tl.minimum(low + per, length)
+    r, d, e, c = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, EP), tl.arange(0, BLOCK)
+    q_at = q_ptr + b.to(tl.int64) * q_b + (g * R + r)[:, None] * q_h + d[None, :]
+    q = tl.load(q_at, mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    out = tl.zeros((ROWS, EP), tl.float32)
+    k_base = k_ptr + b.to(tl.int64) * k_b + g.to(tl.int64) * k_g
+    v_base = v_ptr + b.to(tl.int64) * v_b + g.to(tl.int64) * v_g
+    for at in range(low, high, BLOCK):
+        j = at + c
+        live = j < high
+        k = tl.load(k_base + j[None, :].to(tl.int64) * k_c + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0)
+        s = tl.dot(q, k, input_precision="ieee") * scale2  # [ROWS, BLOCK], in units of log2
+        s = tl.where(live[None, :], s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - new[:, None])
+        fade = tl.exp2(top - new)
+        v = tl.load(v_base + j[:, None].to(tl.int64) * v_c + e[None, :], mask=live[:, None] & (e < E)[None, :], other=0.0)
+        total = total * fade + tl.sum(p, 1)
+        out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        top = new
+    safe = tl.where(total > 0, total, 1.0)
+    out = out / safe[:, None]
+    lse = tl.where(total > 0, top + tl.log2(safe), float("-inf"))
+    row = ((pair.to(tl.int64) * S + split) * R + r)
+    tl.store(part_ptr + row[:, None] * E + e[None, :], out, mask=(r < R)[:, None] & (e < E)[None, :])
+    tl.store(lse_ptr + row, lse, mask=r < R)
+
+
+@triton.jit
+def _merge(part_ptr, lse_ptr, out_ptr, out_lse_ptr, R, S, E, SP: tl.constexpr, EP: tl.constexpr):
+    """Merge the splits of one query head."""
+    head = tl.program_id(0)
+    pair, r = head // R, head % R
+    s, e = tl.arange(0, SP), tl.arange(0, EP)
+    row = (pair.to(tl.int64) * S + s) * R + r
+    lse = tl.load(lse_ptr + row, mask=s < S, other=float("-inf"))
+    top = tl.max(lse, 0)
+    anchor = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(lse - anchor)
+    total = tl.sum(weight, 0)
+    part = tl.load(part_ptr + row[:, None] * E + e[None, :], mask=(s < S)[:, None] & (e < E)[None, :], other=0.0)
+    safe = tl.where(total > 0, total, 1.0)
+    out = tl.sum(part * weight[:, None], 0) / safe
+    tl.store(out_ptr + head.to(tl.int64) * E + e, out.to(out_ptr.dtype.element_ty), mask=e < E)
+    tl.store(out_lse_ptr + head, tl.where(total > 0, (anchor + tl.log2(safe)) * 0.6931471805599453, float("-inf")))
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, length: Tensor, start: Tensor | None = None, scale: float, splits: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of one token per row over the first `length` slots.
+
+    q: ``[B, H, 1, D]``; k: ``[B, G, C, D]``; v: ``[B, G, C, E]`` (last axis contiguous). length: int32 ``[1]`` on the device,
+    at most C. start: int32 ``[B]``, first slot of each row (left padding), or None. Returns out ``[B, H, 1, E]`` and lse
+    ``[B, H, 1]`` float32. Raises `InvalidInput` on shapes or strides that do not fit.
+    """
+    b, h, n, d = q.shape
+    g, capacity, e = k.shape[1], k.shape[2], v.shape[3]
+    if n != 1 or h % g or k.shape[0] != b or k.shape[3] != d or v.shape[:3] != k.shape[:3]:
+        raise InvalidInput(f"decode_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit one token per row")
+    if k.stride(3) != 1 or v.stride(3) != 1:
+        raise InvalidInput("decode_attention: keys and values must be contiguous along their last axis")
+    q = q.contiguous()
+    r = h // g
+    rows, block = max(16, triton.next_power_of_2(r)), 64
+    if splits is None:
+        units = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+        splits = max(1, min(triton.cdiv(capacity, 4 * block), triton.cdiv(4 * units, b * g)))
+    part = torch.empty(b * g * splits * r * e, dtype=torch.float32, device=q.device)
+    lse = torch.empty(b * g * splits * r, dtype=torch.float32, device=q.device)
+    out = torch.empty(b, h, 1, e, dtype=q.dtype, device=q.device)
+    out_lse = torch.empty(b, h, 1, dtype=torch.float32, device=q.device)
+    wide_d, wide_e = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e))
+    _split[(b * g, splits)](
+        q, k, v, length, start if start is not None else length, part, lse,
+        scale * LOG2E, g, r, splits, d, e,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
+        HAS_START=start is not None, ROWS=rows, BLOCK=block, DP=wide_d, EP=wide_e, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _merge[(b * h,)](part, lse, out, out_lse, r, splits, e, SP=triton.next_power_of_2(splits), EP=wide_e, num_warps=4)
+    return out, out_lse
