@@ -86,14 +86,6 @@ def test_diagonal_block_first_and_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(_Diagonal.apply, (q, k, g))
 
 
-def test_parts_of_a_large_diagonal_block_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = _qkv()
-    g = -torch.rand(B, H, N, D, dtype=torch.float64)
-    whole = decayed_linear_attention(q, k, v, log_decay=g).out
-    monkeypatch.setattr("qkv.ops._common.decayed.BLOCK_ELEMENTS", 2000)
-    close(decayed_linear_attention(q, k, v, log_decay=g).out, whole, rtol=1e-13)
-
-
 def test_long_sequence_in_float32_keeps_its_precision() -> None:
     """The cumulative sum starts anew in each chunk: the error does not grow with the length."""
     q, k, v = _qkv(torch.float32, 2048)

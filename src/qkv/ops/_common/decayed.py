@@ -26,7 +26,6 @@ from qkv.core.errors import InvalidInput, UnknownName
 from qkv.core.spec import near
 
 FORMS = ("chunked", "recurrent", "quadratic")
-BLOCK_ELEMENTS = 1 << 24  # products held at once in a diagonal block (64 MiB in float32)
 
 
 class Decayed(NamedTuple):
@@ -182,50 +181,48 @@ def _lower(exponent: Tensor) -> Tensor:
 def _blocks(q: Tensor, k: Tensor, total: Tensor, size: int) -> Tensor:
     """sum_d q_id k_jd exp(G_id - G_jd) for j <= i inside each chunk; q, k, G ``[..., C, D]`` -> ``[..., C, C]``."""
     c = q.shape[-2]
+    diagonal = _Diagonal.apply(*(x.unflatten(-2, (-1, size)) for x in (q, k, total)))  # [..., blocks, K, K]
     rows = []
-    for start in range(0, c, size):
+    for block, start in enumerate(range(0, c, size)):
         stop = start + size
-        q_i, g_i = q[..., start:stop, :], total[..., start:stop, :]
-        parts = [_Diagonal.apply(q_i, k[..., start:stop, :], g_i)]
+        parts = [diagonal[..., block, :, :]]
         if start:
             first = total[..., start : start + 1, :]  # both exponents are <= 0: i >= start > j
+            later = q[..., start:stop, :] * (total[..., start:stop, :] - first).exp()
             earlier = k[..., :start, :] * (first - total[..., :start, :]).exp()
-            parts.insert(0, (q_i * (g_i - first).exp()) @ earlier.mT)
+            parts.insert(0, later @ earlier.mT)
         rows.append(F.pad(torch.cat(parts, -1), (0, c - stop)))
     return torch.cat(rows, -2)
 
 
 class _Diagonal(torch.autograd.Function):
-    """One block of the map with a decay per channel, summed explicitly; keeps no ``[K, K, D]`` product for backward.
+    """Diagonal blocks of the map with a decay per channel: an explicit sum, one diagonal after the other.
 
-    With A_ij = sum_d q_id k_jd exp(G_id - G_jd) and dA the gradient on it: dq_i = sum_j dA_ij k_j exp(G_i -
-    G_j), dk_j = sum_i dA_ij q_i exp(G_i - G_j), dG = q dq - k dk.
+    A_ij = sum_d q_id k_jd exp(G_id - G_jd) for j <= i. With dA the gradient on it: dq_i = sum_j dA_ij k_j exp(G_i - G_j),
+    dk_j = sum_i dA_ij q_i exp(G_i - G_j), dG = q dq - k dk. Holds ``[..., K, D]`` at a time, never ``[..., K, K, D]``.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, g: Tensor) -> Tensor:
         """q, k, g ``[..., K, D]`` -> ``[..., K, K]``."""
         ctx.save_for_backward(q, k, g)
-        return _in_parts(lambda w, q, k: torch.einsum("xid,xjd,xijd->xij", q, k, w), g, q, k)
+        size = q.shape[-2]
+        out = q.new_zeros(*q.shape[:-1], size)
+        for age in range(size):
+            fade = (g[..., age:, :] - g[..., : size - age, :]).exp()
+            weights = (q[..., age:, :] * k[..., : size - age, :] * fade).sum(-1)
+            out.diagonal(-age, -2, -1).copy_(weights)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Gradients of q, k, g; made of torch operations, so it can be differentiated again."""
         q, k, g = ctx.saved_tensors
-        dq = _in_parts(lambda w, a, k: torch.einsum("xij,xjd,xijd->xid", a, k, w), g, grad, k)
-        dk = _in_parts(lambda w, a, q: torch.einsum("xij,xid,xijd->xjd", a, q, w), g, grad, q)
+        size = q.shape[-2]
+        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+        for age in range(size):
+            fade = (g[..., age:, :] - g[..., : size - age, :]).exp()
+            fade = fade * grad.diagonal(-age, -2, -1).unsqueeze(-1)
+            dq[..., age:, :] += fade * k[..., : size - age, :]
+            dk[..., : size - age, :] += fade * q[..., age:, :]
         return dq, dk, q * dq - k * dk
-
-
-def _in_parts(function: Any, g: Tensor, *tensors: Tensor) -> Tensor:
-    """`function` of exp(G_i - G_j) ``[X, K, K, D]`` and the tensors, a bounded number of leading rows at a time."""
-    lead, size, d = g.shape[:-2], g.shape[-2], g.shape[-1]
-    flat = [x.reshape(-1, *x.shape[-2:]) for x in (g, *tensors)]
-    below = torch.ones(size, size, dtype=torch.bool, device=g.device).tril()[..., None]
-    step = max(1, BLOCK_ELEMENTS // (size * size * d))
-    outs = []
-    for parts in zip(*(x.split(step) for x in flat), strict=True):
-        exponent = parts[0].unsqueeze(-2) - parts[0].unsqueeze(-3)  # [X, K, K, D]
-        outs.append(function(exponent.masked_fill(~below, -torch.inf).exp(), *parts[1:]))
-    out = torch.cat(outs)
-    return out.reshape(*lead, *out.shape[1:])
