@@ -23,7 +23,6 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from qkv.caches._common import in_cache_shift
 from qkv.core.cache import CacheSpec, Geometry, Policy, View, needs_rope
 from qkv.core.spec import Limit, param
 
@@ -48,7 +47,7 @@ class StreamingLLM(Policy):
         shown="perplexity stays flat beyond the window, where a window without sinks breaks",
         honest="whatever left the window is gone: a needle outside it is not found",
         limits=(Limit("full", {"window": 1 << 20}, "sinks + window >= length: exact attention"),),
-        exact_chunks=False,
+        by_position=True,
         small={"sinks": 2, "window": 7},
     )
     sinks: int = param(4, "first tokens kept for ever", low=0)
@@ -74,11 +73,17 @@ class StreamingLLM(Policy):
 
     def shift(self, view: View) -> Tensor | None:
         """Sinks move forward by what was evicted between them and the window."""
-        return in_cache_shift(view) if self.positions == "cache" else None
+        if self.positions == "original":
+            return None
+        evicted = view.newest + 1 - (view.position >= 0).sum(-1, keepdim=True)
+        return torch.where(self._sink(view), evicted, 0)
 
-    def moves(self, keep: int) -> int:
+    def moving(self, view: View) -> tuple[Tensor, int]:
         """Only the sinks move."""
-        return self.sinks
+        return self._sink(view), self.sinks
+
+    def _sink(self, view: View) -> Tensor:
+        return (view.position >= 0) & (view.position < self.sinks)
 
     def rank(self, state: Tensor | None, view: View) -> Tensor:
         """Sinks first, then the newest."""

@@ -40,6 +40,7 @@ class Window(Policy):
         honest="breaks pretrained models beyond its window; use streamingllm",
         limits=(Limit("full", {"budget": 1 << 20}, "budget >= length: exact attention"),),
         exact_chunks=True,
+        by_position=True,
         small={"budget": 9},
     )
     budget: int | float = budget_param(1024)

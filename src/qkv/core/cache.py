@@ -120,7 +120,7 @@ class View:
 
     def per_group(self, x: Tensor, how: str = "sum") -> Tensor:
         """``[B, H, S]`` to ``[B, G, S]``: the query heads of a KV head combined by ``sum``, ``mean`` or ``max``."""
-        b, h, s = x.shape
+        b, _, s = x.shape
         grouped = x.reshape(b, self.keys.shape[1], -1, s)
         return grouped.amax(2) if how == "max" else getattr(grouped, how)(2)
 
@@ -129,13 +129,15 @@ class View:
 class CacheSpec(Spec):
     """Facts about a cache method.
 
-    evicts: tokens are lost for good. slot_state: float32 numbers kept per slot and KV head. exact_chunks: one-shot,
+    evicts: tokens are lost for good. by_position: slots are ranked by position alone, so all heads keep the same tokens.
+    slot_state: float32 numbers kept per slot and KV head. exact_chunks: one-shot,
     chunked and token-by-token prefill give the same result (policies that rank by position); others evict at
     different times by design.
     """
 
     kind: ClassVar[str] = "cache"
     evicts: bool = True
+    by_position: bool = False
     slot_state: int = 0
     exact_chunks: bool = False
     small: dict[str, Any] = field(default_factory=dict)
@@ -253,15 +255,21 @@ class Policy(CacheMethod):
         return 0
 
     def visible(self, query: Tensor, position: Tensor) -> Tensor | None:
-        """Extra mask ``[B, G, N, S]`` from query positions ``[B, N]`` and slot positions ``[B, G, S]``, or None."""
+        """Extra mask ``[B, G, N, S]`` inside a block, from query positions ``[B, N]`` and slot positions ``[B, G, S]``, or None.
+
+        A single decoding step reads every stored slot.
+        """
         return None
 
     def shift(self, view: View) -> Tensor | None:
         """Positions ``[B, G, S]`` by which each stored key is moved forward before it is read, or None."""
         return None
 
-    def moves(self, keep: int) -> int | None:
-        """How many slots at most `shift` moves, or None for any: the fewer, the less is rotated."""
+    def moving(self, view: View) -> tuple[Tensor, int] | None:
+        """Which slots `shift` may ever move (bool ``[B, G, S]``) and how many at most, or None for any: less is rotated.
+
+        A slot that may move stays where it is for the rest of the generation (sinks).
+        """
         return None
 
     def observe(self, state: Tensor | None, view: View) -> Tensor | None:

@@ -22,10 +22,11 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def _split(
-    q_ptr, k_ptr, v_ptr, length_ptr, start_ptr, part_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, length_ptr, start_ptr, position_ptr, part_ptr, lse_ptr,
     scale2, G, R, S, D, E,
-    q_b, q_h, k_b, k_g, k_c, v_b, v_g, v_c,
-    HAS_START: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
+    q_b, q_h, k_b, k_g, k_c, v_b, v_g, v_c, p_b, p_g,
+    HAS_START: tl.constexpr, HAS_POSITION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """One split of one (row, KV head): partial out [R, E] and its lse (base 2)."""
     pair, split = tl.program_id(0), tl.program_id(1)
@@ -48,20 +49,28 @@ def _split(
     for at in range(low, high, BLOCK):
         j = at + c
         live = j < high
-        k = tl.load(k_base + j[None, :].to(tl.int64) * k_c + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0)
+        if HAS_POSITION:
+            place = tl.load(position_ptr + b.to(tl.int64) * p_b + g * p_g + j, mask=live, other=-1)
+            live = live & (place >= 0)
+        k = tl.load(
+            k_base + j[None, :].to(tl.int64) * k_c + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0
+        )
         s = tl.dot(q, k, input_precision="ieee") * scale2  # [ROWS, BLOCK], in units of log2
         s = tl.where(live[None, :], s, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new[:, None])
-        fade = tl.exp2(top - new)
-        v = tl.load(v_base + j[:, None].to(tl.int64) * v_c + e[None, :], mask=live[:, None] & (e < E)[None, :], other=0.0)
+        anchor = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s - anchor[:, None])
+        fade = tl.exp2(top - anchor)
+        v = tl.load(
+            v_base + j[:, None].to(tl.int64) * v_c + e[None, :], mask=live[:, None] & (e < E)[None, :], other=0.0
+        )
         total = total * fade + tl.sum(p, 1)
         out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         top = new
     safe = tl.where(total > 0, total, 1.0)
     out = out / safe[:, None]
     lse = tl.where(total > 0, top + tl.log2(safe), float("-inf"))
-    row = ((pair.to(tl.int64) * S + split) * R + r)
+    row = (pair.to(tl.int64) * S + split) * R + r
     tl.store(part_ptr + row[:, None] * E + e[None, :], out, mask=(r < R)[:, None] & (e < E)[None, :])
     tl.store(lse_ptr + row, lse, mask=r < R)
 
@@ -85,37 +94,110 @@ def _merge(part_ptr, lse_ptr, out_ptr, out_lse_ptr, R, S, E, SP: tl.constexpr, E
     tl.store(out_lse_ptr + head, tl.where(total > 0, (anchor + tl.log2(safe)) * 0.6931471805599453, float("-inf")))
 
 
+@triton.jit
+def _mass(
+    q_ptr, k_ptr, lse_ptr, length_ptr, position_ptr, mass_ptr,
+    scale2, G, R, D, M,
+    q_b, q_h, k_b, k_g, k_c, p_b, p_g,
+    HAS_POSITION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Attention that a block of keys draws from the query heads of its group: exp(logit - lse)."""
+    pair, block = tl.program_id(0), tl.program_id(1)
+    b, g = pair // G, pair % G
+    length = tl.load(length_ptr)
+    r, d, j = tl.arange(0, ROWS), tl.arange(0, DP), block * BLOCK + tl.arange(0, BLOCK)
+    live = j < length
+    if HAS_POSITION:
+        place = tl.load(position_ptr + b.to(tl.int64) * p_b + g * p_g + j, mask=live, other=-1)
+        live = live & (place >= 0)
+    q_at = q_ptr + b.to(tl.int64) * q_b + (g * R + r)[:, None] * q_h + d[None, :]
+    q = tl.load(q_at, mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
+    k_at = k_ptr + b.to(tl.int64) * k_b + g.to(tl.int64) * k_g + j[None, :].to(tl.int64) * k_c + d[:, None]
+    k = tl.load(k_at, mask=live[None, :] & (d < D)[:, None], other=0.0)
+    lse = tl.load(lse_ptr + pair.to(tl.int64) * R + r, mask=r < R, other=0.0) * 1.4426950408889634
+    p = tl.exp2(tl.dot(q, k, input_precision="ieee") * scale2 - lse[:, None])
+    p = tl.where(live[None, :] & (r < R)[:, None], p, 0.0)
+    at = mass_ptr + (pair.to(tl.int64) * R + r)[:, None] * M + j[None, :]
+    tl.store(at, p, mask=(r < R)[:, None] & (j < M)[None, :])
+
+
+def _check(q: Tensor, k: Tensor, who: str) -> None:
+    b, h, n, d = q.shape
+    if n != 1 or h % k.shape[1] or k.shape[0] != b or k.shape[3] != d:
+        raise InvalidInput(f"{who}: q {tuple(q.shape)} and k {tuple(k.shape)} do not fit one token per row")
+    if k.stride(3) != 1:
+        raise InvalidInput(f"{who}: keys must be contiguous along their last axis")
+
+
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, length: Tensor, start: Tensor | None = None, scale: float, splits: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    length: Tensor,
+    start: Tensor | None = None,
+    position: Tensor | None = None,
+    scale: float,
+    splits: int | None = None,
+    block: int = 64,
+    warps: int = 4,
+    stages: int = 3,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token per row over the first `length` slots.
 
     q: ``[B, H, 1, D]``; k: ``[B, G, C, D]``; v: ``[B, G, C, E]`` (last axis contiguous). length: int32 ``[1]`` on the device,
-    at most C. start: int32 ``[B]``, first slot of each row (left padding), or None. Returns out ``[B, H, 1, E]`` and lse
-    ``[B, H, 1]`` float32. Raises `InvalidInput` on shapes or strides that do not fit.
+    at most C. start: int32 ``[B]``, first slot of each row (left padding), or None. position: int32 ``[B, G, C]``, slots
+    below 0 are skipped, or None. Returns out ``[B, H, 1, E]`` and lse ``[B, H, 1]`` float32. The number of splits does not
+    depend on the capacity, so results are the same, bit for bit, whatever room was reserved. Raises `InvalidInput`.
     """
-    b, h, n, d = q.shape
-    g, capacity, e = k.shape[1], k.shape[2], v.shape[3]
-    if n != 1 or h % g or k.shape[0] != b or k.shape[3] != d or v.shape[:3] != k.shape[:3]:
-        raise InvalidInput(f"decode_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit one token per row")
-    if k.stride(3) != 1 or v.stride(3) != 1:
-        raise InvalidInput("decode_attention: keys and values must be contiguous along their last axis")
+    _check(q, k, "decode_attention")
+    b, h, _, d = q.shape
+    g, e = k.shape[1], v.shape[3]
+    if v.shape[:3] != k.shape[:3] or v.stride(3) != 1:
+        raise InvalidInput(
+            f"decode_attention: k {tuple(k.shape)} and v {tuple(v.shape)} differ, or v is not contiguous in E"
+        )
     q = q.contiguous()
     r = h // g
-    rows, block = max(16, triton.next_power_of_2(r)), 64
     if splits is None:
         units = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-        splits = max(1, min(triton.cdiv(capacity, 4 * block), triton.cdiv(4 * units, b * g)))
+        splits = max(1, min(128, triton.cdiv(4 * units, b * g)))
     part = torch.empty(b * g * splits * r * e, dtype=torch.float32, device=q.device)
     lse = torch.empty(b * g * splits * r, dtype=torch.float32, device=q.device)
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=q.device)
     out_lse = torch.empty(b, h, 1, dtype=torch.float32, device=q.device)
     wide_d, wide_e = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e))
+    places = position if position is not None else length
     _split[(b * g, splits)](
-        q, k, v, length, start if start is not None else length, part, lse,
+        q, k, v, length, start if start is not None else length, places, part, lse,
         scale * LOG2E, g, r, splits, d, e,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
-        HAS_START=start is not None, ROWS=rows, BLOCK=block, DP=wide_d, EP=wide_e, num_warps=4, num_stages=3,
+        position.stride(0) if position is not None else 0, position.stride(1) if position is not None else 0,
+        HAS_START=start is not None, HAS_POSITION=position is not None, ROWS=max(16, triton.next_power_of_2(r)),
+        BLOCK=block, DP=wide_d, EP=wide_e, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     _merge[(b * h,)](part, lse, out, out_lse, r, splits, e, SP=triton.next_power_of_2(splits), EP=wide_e, num_warps=4)
     return out, out_lse
+
+
+def key_mass(
+    q: Tensor, k: Tensor, lse: Tensor, *, length: Tensor, position: Tensor | None = None, scale: float
+) -> Tensor:
+    """Attention that every key draws from one token per row: ``exp(scale q . k - lse)``, float32 ``[B, H, C]``.
+
+    lse: ``[B, H, 1]`` float32 from `decode_attention`; other arguments as there. Slots that were not read get 0.
+    """
+    _check(q, k, "key_mass")
+    b, h, _, d = q.shape
+    g, m = k.shape[1], k.shape[2]
+    q, block = q.contiguous(), 64
+    mass = torch.empty(b, h, m, dtype=torch.float32, device=q.device)
+    _mass[(b * g, triton.cdiv(m, block))](
+        q, k, lse, length, position if position is not None else length, mass,
+        scale * LOG2E, g, h // g, d, m,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
+        position.stride(0) if position is not None else 0, position.stride(1) if position is not None else 0,
+        HAS_POSITION=position is not None, ROWS=max(16, triton.next_power_of_2(h // g)), BLOCK=block,
+        DP=max(16, triton.next_power_of_2(d)), num_warps=4,
+    )  # fmt: skip
+    return mass

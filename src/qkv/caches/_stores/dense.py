@@ -51,12 +51,23 @@ class DenseCache(LayerCache):
         self.padding = step.padding
         if first:
             keys, values = k, v
+        if q.is_cuda and q.shape[2] == 1 and step.compute is None and step.mask is None and self.left_padded:
+            return self._read(q, step)
         mask = None if step.padding is None else step.padding[:, None, None, :]
         if step.mask is not None:
             mask = step.mask if mask is None else mask & step.mask
         return (step.compute or sdpa)(
             q, keys, values, mask=mask, causal=step.causal and step.mask is None, scale=step.scale
         )
+
+    def _read(self, q: Tensor, step: Step) -> Tensor:
+        """One token over the whole history, by the kernel that captured steps use too."""
+        from qkv.kernels.decode import decode_attention
+
+        assert self.keys is not None and self.values is not None
+        length = torch.full((1,), self.seen, dtype=torch.int32, device=q.device)
+        start = None if step.padding is None else (~step.padding).sum(-1, dtype=torch.int32)
+        return decode_attention(q, self.keys, self.values, length=length, start=start, scale=step.scale)[0]
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         n = k.shape[2]

@@ -36,6 +36,9 @@ class RankedCache(LayerCache):
         self.state: Tensor | None = None  # [B, G, C, slot_state]
         self.slot: Tensor | None = None  # [B, G, 1] where the next token goes, once every slot is in use
         self.keep: Tensor | None = None  # [B, 1, 1]
+        self.movers: Tensor | None = None  # [B, G, few] slots that the policy may move
+        self.length: Tensor | None = None  # int32 [1], the number of slots read, for the decode kernel
+        self._length_of = 0
         self.filled = 0  # slots handed out so far (never more than the capacity)
         self.most = 0  # the largest budget of any row
         self.least = 0  # the smallest
@@ -116,8 +119,8 @@ class RankedCache(LayerCache):
         holes = padded or self.holes or self.slot is not None
         mask = None
         if holes:
-            mask = (position >= 0).unsqueeze(2)  # [B, G, 1, S]
-        extra = self.policy.visible(query, position)
+            mask = ((position[:, :1] if self.policy.spec.by_position else position) >= 0).unsqueeze(2)  # [B, 1|G, 1, S]
+        extra = self.policy.visible(query, position[:, :1] if self.policy.spec.by_position else position)
         if extra is not None:
             mask = extra if mask is None else mask & extra
         state = self._padded_state(keys, old)
@@ -136,12 +139,9 @@ class RankedCache(LayerCache):
         assert self.keys is not None and self.values is not None and self.position is not None
         used = self.filled
         keys, values, position = self.keys[:, :, :used], self.values[:, :, :used], self.position[:, :, :used]
-        mask = (position >= 0).unsqueeze(2) if self.holes or step.padding is not None else None
-        extra = self.policy.visible(step.position, position)
-        if extra is not None:
-            mask = extra if mask is None else mask & extra
+        holes = self.holes or step.padding is not None
         view = self._view(keys, values, position, q)
-        out, mass = self._run(q, self._moved(view), values, mask, False, step, self.policy.mass_queries(1), None)
+        out, mass = self._read(q, self._moved(view), values, position if holes else None, step)
         view = self._view(keys, values, position, q, mass)
         if self.policy.spec.slot_state:
             assert self.state is not None
@@ -153,6 +153,24 @@ class RankedCache(LayerCache):
             self._free(view, state)
         self.seen += 1
         return out
+
+    def _read(
+        self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, step: Step
+    ) -> tuple[Tensor, Tensor | None]:
+        """One token over all slots (those with a position >= 0, where some are empty)."""
+        rows = self.policy.mass_queries(1)
+        if not q.is_cuda or step.compute is not None:
+            mask = None if position is None else (position >= 0).unsqueeze(2)
+            return self._run(q, k, v, mask, False, step, rows, None)
+        from qkv.kernels.decode import decode_attention, key_mass
+
+        if self.length is None or self._length_of != k.shape[2]:
+            self.length = torch.full((1,), k.shape[2], dtype=torch.int32, device=k.device)
+            self._length_of = k.shape[2]
+        out, lse = decode_attention(q, k, v, length=self.length, position=position, scale=step.scale)
+        if not rows:
+            return out, None
+        return out, key_mass(q, k, lse, length=self.length, position=position, scale=step.scale)
 
     def _run(
         self,
@@ -203,12 +221,14 @@ class RankedCache(LayerCache):
             return view.keys
         rope = self.geometry.rope
         assert rope is not None, "a policy that moves keys refuses sites without rotary embedding in `fits`"
-        few = self.policy.moves(self.most)
-        if few is None or few >= view.keys.shape[2]:
+        movers = self.policy.moving(view)
+        if movers is None or movers[1] >= view.keys.shape[2]:
             return rope.rotate(view.keys, shift)
-        if few == 0:
+        if movers[1] == 0:
             return view.keys
-        index = shift.topk(few, dim=-1).indices
+        if self.slot is None or self.movers is None:
+            self.movers = movers[0].to(torch.int8).topk(movers[1], dim=-1).indices
+        index = self.movers
         moved = rope.rotate(_pick(view.keys, index), shift.gather(2, index))
         return view.keys.scatter(2, _wide(index, moved), moved)
 
@@ -281,6 +301,10 @@ class RankedCache(LayerCache):
         """Empty the least worthy slot of every row over its budget; rows within it point at an empty slot."""
         assert self.position is not None and self.keep is not None
         worth = self._worth(view, state)
+        if self.slot is not None and not self.holes:  # steady: every slot is taken, every row is over by one
+            self.slot.copy_(worth.argmin(-1, keepdim=True))
+            self.position.scatter_(2, self.slot, -1)
+            return
         empty = view.position < 0
         over = (~empty).sum(-1, keepdim=True) > self.keep  # [B, G, 1]
         worth = torch.where(over, worth.masked_fill(empty, torch.inf), torch.where(empty, -torch.inf, torch.inf))
@@ -367,7 +391,7 @@ class RankedCache(LayerCache):
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of every tensor, and the counters as a 0-d tensor each."""
-        names = ("keys", "values", "position", "state", "slot", "keep")
+        names = ("keys", "values", "position", "state", "slot", "keep", "movers")
         out = {name: x.clone() for name in names if (x := getattr(self, name)) is not None}
         return out | {f"count.{k}": torch.tensor(int(v)) for k, v in self.counters().items()} if out else out
 
@@ -385,7 +409,7 @@ class RankedCache(LayerCache):
 
     def select(self, rows: Tensor) -> None:
         """See `LayerCache.select`."""
-        for name in ("keys", "values", "position", "state", "slot", "keep"):
+        for name in ("keys", "values", "position", "state", "slot", "keep", "movers"):
             x = getattr(self, name)
             if x is not None:
                 setattr(self, name, x.index_select(0, rows.to(x.device)))
@@ -394,7 +418,7 @@ class RankedCache(LayerCache):
 
     def bytes(self) -> int:
         """Bytes of keys, values, positions and policy state, spare capacity included."""
-        held = (self.keys, self.values, self.position, self.state, self.slot, self.keep)
+        held = (self.keys, self.values, self.position, self.state, self.slot, self.keep, self.movers, self.length)
         return sum(x.numel() * x.element_size() for x in held if x is not None)
 
     def kept(self) -> int:
@@ -417,7 +441,7 @@ class RankedCache(LayerCache):
 
     def buffers(self) -> tuple[Tensor, ...]:
         """Everything that a step reads or overwrites."""
-        held = (self.keys, self.values, self.position, self.state, self.slot, self.keep)
+        held = (self.keys, self.values, self.position, self.state, self.slot, self.keep, self.movers, self.length)
         return tuple(x for x in held if x is not None)
 
 
