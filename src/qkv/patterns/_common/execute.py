@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkv.core.attend import attend, check_qkv, sdpa
+from qkv.core.attend import attend, check_qkv
 from qkv.core.errors import InvalidInput
 from qkv.core.plan import BlockPlan
 
-GATHER_ELEMENTS = 1 << 23  # gathered keys, values and mask entries held at once
+GATHER_ELEMENTS = 1 << 21  # gathered keys, values and mask entries held at once
 
 
 def attend_plan(
@@ -74,26 +74,27 @@ def _execute(
     keys, values = (F.pad(x, (0, 0, 0, kb * bk - m)).reshape(b * g * kb, bk, -1) for x in (k, v))
     outs, lses, order = [], [], []
     for batch in _batches(plan, b, units, bk * (k.shape[-1] + v.shape[-1]) + r * bq * bk):
-        x, count = batch.blocks.shape
         order.append(batch.rows)
-        if count == 0:
-            outs.append(q.new_zeros(x, r * bq, v.shape[-1]))
-            lses.append(q.new_full((x, r * bq), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)))
+        qx = queries.index_select(0, batch.rows).unsqueeze(1)
+        if batch.blocks.shape[1] == 0:
+            outs.append(qx.new_zeros(*qx.shape[:3], v.shape[-1]))
+            lses.append(qx.new_full(qx.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)))
             continue
         unit = batch.rows // qb  # [X], over (B, U)
         home = (unit // units * g + unit % units * g // units) * kb  # first block of the row's keys
         at = (home[:, None] + batch.blocks).flatten()
-        kx, vx = (t.index_select(0, at).reshape(x, 1, count * bk, -1) for t in (keys, values))
+        kx, vx = (t.index_select(0, at).reshape(len(qx), 1, -1, t.shape[-1]) for t in (keys, values))
         allowed = _test(plan, batch, units)
         if allowed is not None:
-            allowed = allowed.repeat(1, r, 1).unsqueeze(1) if r > 1 else allowed.unsqueeze(1)
-        qx = queries.index_select(0, batch.rows).unsqueeze(1)
+            allowed = (allowed.repeat(1, r, 1) if r > 1 else allowed).unsqueeze(1)  # [X|1, 1, R bq, L]
         if with_lse:
             out, lse, _ = attend(qx, kx, vx, mask=allowed, scale=scale)
-            lses.append(lse[:, 0])
+            lses.append(lse)
         else:
-            out = sdpa(qx, kx, vx, mask=allowed, scale=scale)
-        outs.append(out[:, 0])
+            out = F.scaled_dot_product_attention(qx, kx, vx, attn_mask=allowed, scale=scale)
+            if allowed is not None and batch.full == 0:
+                out = out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+        outs.append(out)
     back = torch.cat(order).argsort()
     out = _unblock(torch.cat(outs)[back], plan, b, h, n)
     return out, (_unblock(torch.cat(lses)[back].unsqueeze(-1), plan, b, h, n).squeeze(-1) if with_lse else out)
@@ -155,8 +156,9 @@ def _test(plan: BlockPlan, batch: _Batch, units: int) -> Tensor | None:
     (bq, bk), qb, device = plan.block, plan.grid[0], partial.device
     unit, block = batch.rows // qb, batch.rows % qb
     row, head = unit // units, unit % units
-    slot_q = block[:, None] * bq + torch.arange(bq, device=device)  # [X, bq]
-    slot_k = (partial[:, :, None] * bk + torch.arange(bk, device=device)).flatten(1)  # [X, P bk]
+    steps = torch.arange(max(bq, bk), device=device)
+    slot_q = block[:, None] * bq + steps[:bq]  # [X, bq]
+    slot_k = (partial[:, :, None] * bk + steps[:bk]).flatten(1)  # [X, P bk]
     inside = None
     if _alike(plan, slot_q[:, :1] - slot_k[:, ::bk]):
         i, j = slot_q[:1], slot_k[:1]
@@ -172,8 +174,8 @@ def _test(plan: BlockPlan, batch: _Batch, units: int) -> Tensor | None:
         ok = part if ok is None else (ok if part is None else ok & part)
     if ok is None:
         return None
-    whole = ok.new_ones(ok.shape[0], bq, batch.full * bk)
-    return torch.cat((whole, ok.expand(-1, bq, -1)), 2) if batch.full else ok
+    ok = ok.expand(-1, bq, -1)
+    return torch.cat((ok.new_ones(ok.shape[0], bq, batch.full * bk), ok), 2) if batch.full else ok
 
 
 def _alike(plan: BlockPlan, distance: Tensor) -> bool:

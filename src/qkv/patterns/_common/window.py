@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.core.attend import check_qkv, sdpa
 from qkv.core.errors import InvalidInput
 from qkv.core.plan import BlockPlan
 
-GATHER_ELEMENTS = 1 << 23  # keys and values of one batch of chunks
+GATHER_ELEMENTS = 1 << 21  # keys and values of one batch of chunks
 
 
 def execute_window(
@@ -35,7 +36,7 @@ def execute_window(
         raise InvalidInput(f"window: the plan is {plan}; q and k have N={n}, M={m}, and no permutation is taken")
     if plan.window is None or max(plan.window, plan.sinks) >= m:
         return sdpa(q, k, v, mask=plan.tokens, causal=plan.causal, scale=scale)
-    c = min(n, max(64, min(256, plan.window)) if chunk is None else chunk)
+    c = min(n, max(64, min(256, plan.window // 2)) if chunk is None else chunk)
     out = q.new_empty(*q.shape[:3], v.shape[-1]) if not torch.is_grad_enabled() else None
     parts = []
     for start, stop, uniform in _runs(plan, c):
@@ -117,14 +118,16 @@ def _uniform(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, start: int, c: in
     j = torch.arange(lo, hi, device=q.device)
     band = plan.allows(i, j)  # the slice lies past the sinks
     assert band is not None
-    band = torch.cat((band.new_ones(c, s), band), 1).repeat(r, 1)  # [R C, S + L]
+    band = torch.cat((band.new_ones(c, s), band), 1).repeat(r, 1)[None, None]  # [1, 1, R C, S + L]
     most = max(1, GATHER_ELEMENTS // (b * g * (width + s) * (d + v.shape[-1])))
     outs = []
     for at in range(0, x, most):
         size = min(most, x - at)
         keys, values = (_slices(t, plan, lo + at * c, width, c, size) for t in (k, v))
         qx = q[:, :, at * c : (at + size) * c].reshape(b, g, r, size, c, d).transpose(2, 3)
-        out = sdpa(qx.reshape(b * g, size, r * c, d), keys, values, mask=band[None, None], scale=scale)
+        out = F.scaled_dot_product_attention(
+            qx.reshape(b * g, size, r * c, d), keys, values, attn_mask=band, scale=scale
+        )
         out = out.reshape(b, g, size, r, c, -1).transpose(2, 3)
         outs.append(out.reshape(b, h, size * c, -1))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
