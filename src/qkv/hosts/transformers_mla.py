@@ -44,7 +44,7 @@ class TransformersMLA(LatentProjections):
         return QKVLayer(LatentCache(self, self.full_width), self.__dict__["_qkv"])
 
     def columns(self, table: Tensor) -> Tensor:
-        """This layer's angles ``[B|1, N, p/2]`` out of the model's cos or sin ``[B|1, N, R]`` (both halves alike)."""
+        """The layer's angles ``[B|1, N, p/2]`` out of the model's cos or sin ``[B|1, N, R]`` (both halves alike)."""
         mine = table[..., : table.shape[-1] // 2 : self.stride]
         return mine.repeat(1, 1, self.repeat) if self.repeat > 1 else mine
 
@@ -58,7 +58,9 @@ class TransformersMLA(LatentProjections):
     ) -> tuple[Tensor, None]:
         """As `LlamaAttention.forward`; a cache must hold this layer's own `qkv_cache_layer`."""
         if position_embeddings is None:
-            raise InvalidInput("a converted attention needs position_embeddings=(cos, sin), as the decoder layer passes them")
+            raise InvalidInput(
+                "a converted attention needs position_embeddings=(cos, sin), as the decoder layer passes them"
+            )
         cos, sin = (self.columns(x) for x in position_embeddings)
         query, key, value = self.project(hidden_states, cos, sin)
         if past_key_values is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qkv.caches._stores.dense import grown, resized
 from qkv.core.attend import causal_mask, sdpa
-from qkv.core.cache import LayerCache, Step
+from qkv.core.cache import LayerCache, Now, Step
 from qkv.core.errors import StateError
 
 
@@ -61,6 +61,11 @@ def absorbed(
     return up.lift(out.reshape(b, h, n, rank))
 
 
+def _fits_kernel(q: Tensor, rank: int) -> bool:
+    """Whether the decoding kernel takes these queries: its output tile, all heads by the latent, must fit into registers."""
+    return q.is_cuda and q.dtype != torch.float64 and max(16, q.shape[1]) * rank <= 1 << 14
+
+
 @final
 class LatentCache(LayerCache):
     """Rows ``[B, 1, capacity, r + p]``; the slot of a token is its logical column. Grows by a small share.
@@ -77,25 +82,33 @@ class LatentCache(LayerCache):
         """Forget everything."""
         self.rows: Tensor | None = None
         self.padding: Tensor | None = None
-        self.rank = 0
-        self.seen = 0
+        self.left_padded = True
+        self.kernel = False
+        self.rank = self.room = self.seen = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-        """q ``[B, H, N, D]`` (rotary part rotated), k: latents ``[B, 1, N, r]``, v: rotated keys ``[B, 1, N, p]``.
+        """Absorb and attend. q: ``[B, H, N, D]``; k: latents ``[B, 1, N, r]``; v: rotated keys ``[B, 1, N, p]``.
 
         The first block attends to the live tensors, so gradients flow through it. An attention other than the exact one
         (`Step.compute`) gets the expanded keys and values.
         """
-        first = self.seen == 0
+        first, n = self.seen == 0, q.shape[2]
+        if step.padding is not None and n > 1:
+            self.left_padded = bool((step.padding[:, 1:] | ~step.padding[:, :-1]).all())
         live = torch.cat((k, v), dim=-1)
         rows = self._append(live, k.shape[-1])
         rows = live if first else rows
         self.padding = step.padding
+        self.kernel = _fits_kernel(q, self.rank)
+        if self.kernel and n == 1 and step.compute is None and step.mask is None and self.left_padded:
+            length = torch.full((1,), self.seen, dtype=torch.int32, device=q.device)
+            start = None if step.padding is None else (~step.padding).sum(-1, dtype=torch.int32)
+            return self._read(q, length, start, step.scale)
         mask = None if step.padding is None else step.padding[:, None, None, :]
         if step.mask is not None:
             mask = step.mask if mask is None else mask & step.mask
         causal = step.causal and step.mask is None
-        if step.compute is None and not self.up.expands(q.shape[2]):
+        if step.compute is None and not self.up.expands(n):
             return absorbed(q, rows, self.rank, self.up, mask=mask, causal=causal, scale=step.scale)
         keys, values = self.up.expand(rows[..., : self.rank], rows[..., self.rank :])
         return (step.compute or sdpa)(q, keys, values, mask=mask, causal=causal, scale=step.scale)
@@ -103,13 +116,56 @@ class LatentCache(LayerCache):
     def _append(self, new: Tensor, rank: int) -> Tensor:
         total = self.seen + new.shape[2]
         if self.rows is None:
-            self.rows, self.rank = new.new_empty((new.shape[0], 1, total, new.shape[3])), rank
-        capacity = grown(self.rows.shape[2], total)
-        if capacity != self.rows.shape[2]:
-            self.rows = resized(self.rows, capacity, self.seen)
-        self.rows[:, :, self.seen : total] = new.detach()
-        self.seen = total
-        return self.rows[:, :, :total]
+            rows, self.rank = new.new_empty((new.shape[0], 1, max(total, self.room), new.shape[3])), rank
+        else:
+            capacity = grown(self.rows.shape[2], total)
+            rows = self.rows if capacity == self.rows.shape[2] else resized(self.rows, capacity, self.seen)
+        rows[:, :, self.seen : total] = new.detach()
+        self.rows, self.seen = rows, total
+        return rows[:, :, :total]
+
+    # -- static decoding ------------------------------------------------------------------------------------------
+
+    def _read(self, q: Tensor, length: Tensor, start: Tensor | None, scale: float) -> Tensor:
+        """One token over the rows by the decoding kernel, absorbed; the same eagerly and in a captured step."""
+        from qkv.kernels.decode import decode_attention
+
+        assert self.rows is not None
+        wide, rows = self.up.absorb(q), self.rows
+        tile = (
+            {"block": 64, "stages": 3}
+            if rows.shape[3] <= 256
+            else {"block": 32, "stages": 2 if rows.shape[3] <= 512 else 1}
+        )
+        out, _ = decode_attention(wide, rows, rows[..., : self.rank], length=length, start=start, scale=scale, **tile)
+        return self.up.lift(out)
+
+    def reserve(self, tokens: int) -> None:
+        """Allocate room for `tokens` at once, so that decoding never moves the buffer."""
+        self.room = tokens
+
+    def static(self) -> bool:
+        """Where the decoding kernel runs, with room for the token, and padding (if any) on the left."""
+        return self.kernel and self.rows is not None and self.seen < self.rows.shape[2] and self.left_padded
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, now: Now) -> Tensor:
+        """See `LayerCache.step`; arguments as in `attend`."""
+        assert self.rows is not None
+        self.rows.index_copy_(2, now.cursor, torch.cat((k, v), dim=-1))
+        self.seen += 1
+        return self._read(q, now.length, now.start, scale)
+
+    def advance(self) -> None:
+        """See `LayerCache.advance`."""
+        self.seen += 1
+        if self.padding is not None:
+            self.padding = torch.nn.functional.pad(self.padding, (0, self.seen - self.padding.shape[1]), value=True)
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The rows."""
+        return () if self.rows is None else (self.rows,)
+
+    # -- the rest of the contract ---------------------------------------------------------------------------------
 
     def crop(self, tokens: int) -> None:
         """Forget the newest `tokens`; nothing is copied."""
@@ -162,7 +218,7 @@ class LatentCache(LayerCache):
         self.reset()
         if tensors:
             self.rows = torch.cat((tensors["latent"], tensors["rope"]), dim=-1)
-            self.rank, self.seen = tensors["latent"].shape[-1], self.rows.shape[2]
+            self.rank, self.seen = tensors["latent"].shape[-1], tensors["latent"].shape[2]
             self.padding = tensors.get("padding")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatentCache:
@@ -170,5 +226,6 @@ class LatentCache(LayerCache):
         twin = LatentCache(self.up, self.full_width)
         memo[id(self)] = twin
         twin.rows = None if self.rows is None else self.rows.clone()
-        twin.padding, twin.rank, twin.seen = self.padding, self.rank, self.seen
+        twin.padding, twin.left_padded, twin.kernel = self.padding, self.left_padded, self.kernel
+        twin.rank, twin.room, twin.seen = self.rank, self.room, self.seen
         return twin

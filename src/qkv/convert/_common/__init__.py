@@ -1,0 +1,1 @@
+"""What conversions share: recorded activations, structural checks."""
