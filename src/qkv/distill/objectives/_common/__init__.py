@@ -1,0 +1,1 @@
+"""Maths that several objectives share unchanged."""
