@@ -1,0 +1,225 @@
+"""Writes the method pages from the specifications and from the recorded results on real input.
+
+    python docs/generate.py            write docs/methods/*.md
+    python docs/generate.py --check    change nothing; exit 1 and name the pages that are out of date
+
+A page is a function of the method's file and of benchmarks/results/real/<id>.json: edit those, never the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from qkv.bench.record import read_records
+from qkv.core import registry
+from qkv.core.spec import KINDS, Spec
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ROOT / "docs" / "methods"
+
+KIND_SAYS = {
+    "operator": "What is computed: attention operators as plain functions.",
+    "pattern": "Which keys a query sees.",
+    "cache": "What is stored, how precisely, and what is read.",
+    "layer": "Another head structure, as a module.",
+    "conversion": "How pretrained weights become another layer.",
+    "objective": "What a student learns from a teacher.",
+    "probe": "What a head does: read-only measurements.",
+    "steering": "What is changed while a model runs.",
+    "decoding": "How tokens are produced on top of a cache.",
+    "model": "A whole architecture around an attention idea.",
+    "cost": "What it would cost elsewhere.",
+}
+PYTHON_USE = {
+    "operator": "out = qkv.attention(q, k, v, method=m)",
+    "pattern": "qkv.apply(model, m)",
+    "cache": "qkv.apply(model, m)",
+    "conversion": "qkv.apply(model, m, data=batches)",
+    "steering": "qkv.apply(model, m)",
+}
+SHELL_USE = {
+    "pattern": "qkv bench smollm2 -m {id}",
+    "cache": "qkv bench smollm2 -m {id}",
+    "conversion": "qkv convert smollm2 -m {id} --out DIR",
+    "probe": "qkv inspect smollm2 --probe {id} --out DIR",
+    "steering": "qkv bench smollm2 -m {id}",
+}
+SOURCE_SAYS = {
+    "code": "defined from the authors' code", "paper": "defined from the paper",
+    "abstract": "defined from the abstract alone", "baseline": "a plain baseline",
+}  # fmt: skip
+
+
+def pages() -> dict[str, str]:
+    """File name -> text, for every page."""
+    records = read_records(ROOT / "benchmarks" / "results" / "real")
+    specs = registry.methods()
+    unknown = set(records) - {s.id for s in specs}
+    if unknown:
+        raise SystemExit(f"results of methods that do not exist: {', '.join(sorted(unknown))}")
+    return {"index.md": _index(specs, records)} | {f"{s.id}.md": _page(s, records.get(s.id)) for s in specs}
+
+
+def _index(specs: list[Spec], records: dict[str, Any]) -> str:
+    out = [_note("the specifications"), "# Methods", "",
+           f"{len(specs)} methods, each in one file, each with its definition, its limit and its laws. "
+           "A tick means that a figure on a real model or real data is on its page.", ""]  # fmt: skip
+    for kind in KINDS:
+        rows = [s for s in specs if s.kind == kind]
+        if not rows:
+            continue
+        out += [f"## {kind.capitalize()}", "", KIND_SAYS[kind], "", "| id | title | paper | measured |", "|---|---|---|---|"]
+        out += [f"| [`{s.id}`]({s.id}.md) | {_cell(s.title)} | {_paper(s.paper)} | {'✓' if s.id in records else ''} |"
+                for s in rows]  # fmt: skip
+        out.append("")
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _page(spec: Spec, result: dict[str, Any] | None) -> str:
+    file = spec.config.__module__.replace(".", "/")
+    out = [_note(f"src/{file}.py and benchmarks/results/real/{spec.id}.json"), f"# {_prose(spec.title)}", ""]
+    paper = "" if spec.paper == "baseline" else f"{_paper(spec.paper)} · "
+    out += [f"`{spec.id}` · {spec.kind} · {paper}{SOURCE_SAYS[spec.source]} · `src/{file}.py`", ""]
+    if spec.summary:
+        out += [_prose(spec.summary), ""]
+    out += [*_use(spec), *_parameters(spec), *_inputs(spec), *_definition(spec), *_limits(spec), *_deviations(spec)]
+    out += ["## On real input", ""]
+    if spec.shown:
+        out += [f"Expected: {_prose(spec.shown)}", ""]
+    out += _result(result) if result else ["No figure is recorded yet.", ""]
+    if spec.honest:
+        out += ["## Known limit", "", _prose(spec.honest), ""]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _note(sources: str) -> str:
+    return f"<!-- Written by docs/generate.py from {sources}. Edit those, then run: make docs -->\n"
+
+
+def _use(spec: Spec) -> list[str]:
+    python = ["import qkv", f'm = qkv.method("{spec.id}")', PYTHON_USE.get(spec.kind)]
+    shell = [f"qkv show {spec.id}", f"qkv verify {spec.id}", SHELL_USE.get(spec.kind, "").format(id=spec.id)]
+    return ["## Use", "", "```python", *filter(None, python), "```", "", "```sh", *filter(None, shell), "```", ""]
+
+
+def _inputs(spec: Spec) -> list[str]:
+    """The named extra inputs of an operator."""
+    extras = getattr(spec, "extras", None) or {}
+    if not extras:
+        return []
+    out = ["## Inputs besides q, k, v", "", "| name | axes | role | required | meaning |", "|---|---|---|---|---|"]
+    out += [f"| `{name}` | {' or '.join(f'`{a.upper()}`' for a in x.axes.split('|'))} | {x.role} | "
+            f"{'yes' if x.required else 'no'} | {_cell(x.doc)} |" for name, x in extras.items()]  # fmt: skip
+    return [*out, ""]
+
+
+def _parameters(spec: Spec) -> list[str]:
+    if not spec.parameters:
+        return ["## Parameters", "", "None.", ""]
+    out = ["## Parameters", "", "| name | type | default | valid | meaning |", "|---|---|---|---|---|"]
+    for p in spec.parameters:
+        valid = ", ".join(f"`{c!r}`" for c in p.choices) if p.choices else _range(p.low, p.high)
+        out.append(f"| `{p.name}` | `{_cell(p.type)}` | `{p.default!r}` | {valid} | {_cell(p.doc)} |")
+    return [*out, ""]
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None and high is None:
+        return ""
+    if high is None:
+        return f"≥ {low:g}"
+    return f"≤ {high:g}" if low is None else f"{low:g} to {high:g}"
+
+
+def _definition(spec: Spec) -> list[str]:
+    doc = inspect.getdoc(importlib.import_module(spec.config.__module__))
+    return ["## Definition", "", "```text", doc, "```", ""] if doc else []
+
+
+def _limits(spec: Spec) -> list[str]:
+    if not spec.limits:
+        return []
+    out = ["## Equals another method at", ""]
+    for x in spec.limits:
+        where = ", ".join(f"{k}={v!r}" for k, v in x.parameters.items())
+        says = f": {_prose(x.says)}" if x.says else ""
+        at = f" at `{where}`" if where else ""
+        out.append(f"- {_method(x.equals)}{at}{says}")
+    return [*out, ""]
+
+
+def _method(name: str) -> str:
+    return f"[`{name}`]({name}.md)" if name in registry.ids() else f"`{name}`"
+
+
+def _deviations(spec: Spec) -> list[str]:
+    if not spec.deviations:
+        return []
+    return ["## Laws it does not keep", "", *(f"- `{d.law}`: {_prose(d.reason)}" for d in spec.deviations), ""]
+
+
+def _result(r: dict[str, Any]) -> list[str]:
+    out = [f"Measured: {_prose(r['claim'])}", "", "| figure | value | note |", "|---|---|---|"]
+    out += [f"| {_cell(f['name'])} | {_number(f['value'])} {_cell(f['unit'])} | {_cell(f['note'])} |" for f in r["figures"]]
+    table = r.get("table") or []
+    if table:
+        columns = list(table[0])
+        out += ["", "| " + " | ".join(map(_cell, columns)) + " |", "|---" * len(columns) + "|"]
+        out += ["| " + " | ".join(_number(row[c]) for c in columns) + " |" for row in table]
+    machine, versions = r["machine"], r["versions"]
+    where = [str(machine.get("cpu", "?")), f"{machine.get('cores', '?')} cores"]
+    where += [str(g["name"]) for g in machine.get("gpus") or ()]
+    commit = r["commit"]["hash"][:12] + (" with changes" if r["commit"]["dirty"] else "") if r["commit"] else "unknown"
+    said = ", ".join(f"{k} {v}" for k, v in versions.items() if v)
+    return [*out, "", "```sh", r["command"], "```", "",
+            f"{r['date']}, {', '.join(where)}; {said}; commit {commit}; seed {r['seed']}.", ""]  # fmt: skip
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return _cell(str(value))
+
+
+def _prose(text: str) -> str:
+    return text.replace("<", "&lt;")
+
+
+def _cell(text: str) -> str:
+    return _prose(" ".join(text.split())).replace("|", "\\|")
+
+
+def _paper(paper: str) -> str:
+    found = re.fullmatch(r"arXiv:([\w./-]+)", paper)
+    return f"[{paper}](https://arxiv.org/abs/{found[1]})" if found else _cell(paper)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write or check the pages; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a page is out of date")
+    check = parser.parse_args(arguments).check
+    wanted = pages()
+    present = {p.name: p.read_text(encoding="utf-8") for p in PAGES.glob("*.md")}
+    stale = sorted({n for n in wanted if present.get(n) != wanted[n]} | (set(present) - set(wanted)))
+    if check:
+        if stale:
+            print(f"out of date: {', '.join(stale)}; run: make docs", file=sys.stderr)
+        return 1 if stale else 0
+    for name in stale:
+        if name in wanted:
+            (PAGES / name).write_text(wanted[name], encoding="utf-8")
+        else:
+            (PAGES / name).unlink()
+    print(f"{len(wanted)} pages, {len(stale)} changed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
