@@ -345,7 +345,6 @@ class Session:
             if self.room and isinstance(layer, QKVLayer):
                 layer.memory.reserve(self.room)
         cache.layers = layers
-        cache.layer_class_to_replicate = None if len(layers) > last else cache.layer_class_to_replicate
         cache.__dict__[_ATTRIBUTE] = self
         self._announce(cache, prompt)
 
@@ -696,13 +695,13 @@ def _judge(
 
 def _fits(model: PreTrainedModel, method: Method, site: Site) -> str | None:
     """None, or why the method cannot act at the site: the rules of the stack, then those that look at the module."""
-    reason = stack.fits(method, site)
-    if reason is not None:
-        return reason
     module = model.get_submodule(site.name)
     if isinstance(method, CacheMethod) and hasattr(module, "qkv_cache_layer"):
         return f"{type(module).__name__} keeps a cache of its own, which holds no keys and values to act on"
-    return method.fits(site, module) if isinstance(method, Conversion) else None
+    reason = stack.fits(method, site)
+    if reason is None and isinstance(method, Conversion):
+        return method.fits(site, module)
+    return reason
 
 
 def _role_fits(method: Method) -> str | None:
