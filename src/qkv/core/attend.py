@@ -181,7 +181,7 @@ def sdpa(
         empty = None if mask is None else ~mask.any(-1, keepdim=True)
         if empty is not None:
             empty = (
-                empty.reshape(b, h, 1, 1)
+                empty.reshape(-1, h, 1, 1)
                 if empty.shape[-2] != 1
                 else empty.repeat_interleave(h // empty.shape[1] if empty.shape[1] > 1 else 1, 1)
             )
