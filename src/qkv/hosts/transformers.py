@@ -179,7 +179,7 @@ def _unsupported(module: nn.Module) -> str | None:
 
 
 def _rope(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> Rope | None:
-    """The rotary embedding that serves a module: the nearest ``rotary_emb`` up the tree. Converted layers rotate their own way."""
+    """The rotary embedding that serves a module: the nearest ``rotary_emb`` up the tree; none for converted layers."""
     if getattr(module, "qkv_attention", False):
         return None
     parts = name.split(".")
@@ -572,7 +572,10 @@ def attention_function(
     if state is None or not state.applied:
         if layer is not None:
             raise StateError(f"{layer.state.site.name}: its cache layer is used by another module")
-        return _original(module, query, key, value, attention_mask, dropout, scaling, causal, is_causal, kwargs)
+        out, weights = _original(module, query, key, value, attention_mask, dropout, scaling, causal, is_causal, kwargs)
+        if state is not None and state.observers:
+            _tell(state, query, key, value, attention_mask, scaling, causal, out)
+        return out, weights
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise Refused(f"{state.site.name} passes {name!r} to its attention, which qkv's forms do not compute")
@@ -583,6 +586,26 @@ def attention_function(
         out = _cached(state, layer.memory, query, key, value, attention_mask, scale)
     state.tally.calls += 1
     return out.transpose(1, 2).contiguous(), None
+
+
+def _tell(
+    state: SiteState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    causal: bool,
+    out: Tensor,
+) -> None:
+    """Observers of a site without methods: the model computed as ever, they only learn of it."""
+    if mask is not None:
+        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = mask[..., : k.shape[2]]
+    causal = causal and q.shape[2] > 1 and (mask is None or mask.shape[-2] == 1)
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    for callback in state.observers:
+        callback(state.site, Call(q, k, v, mask, causal, scale, out.transpose(1, 2)))
 
 
 def _uncached(
@@ -864,16 +887,13 @@ def observe(model: PreTrainedModel, callback: Callable[[Site, Call], None], wher
         watched = [session.state(s) for s in chosen if s.reason is None]
         if not watched:
             raise Refused(f"no attention site can be observed: {bad[0].name}: {bad[0].reason}")
-        before = [s.applied for s in watched]
         for state in watched:
             state.observers.append(callback)
-            state.applied = True
         try:
             yield
         finally:
-            for state, was in zip(watched, before, strict=True):
+            for state in watched:
                 state.observers.remove(callback)
-                state.applied = was
     finally:
         if fresh:
             session.remove()

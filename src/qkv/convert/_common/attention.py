@@ -25,8 +25,15 @@ def plain_projections(site: Site, module: nn.Module) -> str | None:
     name = type(module).__name__
     if site.role != "self" or not site.cached:
         return f"it is a {site.role} attention; causal self-attention of a decoder is converted"
-    if site.window is not None:
-        return f"it has a sliding window of {site.window} tokens"
+    config = getattr(module, "config", None)
+    # Some models (Mistral) tell their window to the attention function only, from the configuration.
+    window = (
+        getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+        if site.window is None
+        else site.window
+    )
+    if window is not None:
+        return f"it has a sliding window of {window} tokens"
     missing = [p for p in PROJECTIONS if not isinstance(getattr(module, p, None), nn.Linear)]
     if missing:
         return f"{name} has no linear {', '.join(missing)}; separate q, k, v, o projections are needed"
@@ -106,7 +113,7 @@ def softmax_scales(model: Any, sites: Sequence[Site], batch: Mapping[str, Tensor
 
     def keep(name: str, key: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
-            seen[name][key] = out[0] if isinstance(out, tuple) else out
+            seen[name][key] = (out[0] if isinstance(out, tuple) else out).clone()  # some models clip in place
 
         return hook
 
