@@ -55,6 +55,28 @@ def check_kernel() -> list[dict]:
     return rows
 
 
+def tune() -> None:
+    """Times of the decode kernel over its launch settings (printed; the best are its defaults)."""
+    for b, h, g, m, d in ((1, 32, 8, 131072, 128), (8, 32, 8, 16384, 128), (1, 32, 8, 4096, 128), (1, 9, 3, 8192, 64)):
+        q = torch.randn(b, h, 1, d, device=DEVICE, dtype=torch.bfloat16)
+        k = torch.randn(b, g, m, d, device=DEVICE, dtype=torch.bfloat16)
+        v = torch.randn_like(k)
+        length = torch.tensor([m], device=DEVICE, dtype=torch.int32)
+        found = []
+        for block in (32, 64, 128):
+            for warps in (2, 4, 8):
+                for stages in (2, 3, 4):
+                    for per in (1, 2, 4, 8):
+                        splits = max(1, min(256, -(-132 * per // (b * g))))
+                        settings = dict(block=block, warps=warps, stages=stages, splits=splits)
+                        try:
+                            found.append((bench(lambda: decode_attention(q, k, v, length=length, scale=0.1, **settings), 10), per, settings))
+                        except Exception:  # a setting that does not fit the chip is not a candidate
+                            continue
+        found.sort(key=lambda x: x[0])
+        print("tune", (b, h, g, m, d), *[(round(t, 4), per, tuple(s.values())) for t, per, s in found[:6]], flush=True)
+
+
 def bench(run, repeats: int = 30) -> float:
     """Median milliseconds by device events, the caller's inputs larger than the cache."""
     for _ in range(5):
@@ -96,10 +118,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--new", type=int, default=64)
     a = parser.parse_args()
     torch.manual_seed(0)
     rows: list[dict] = []
+    if a.tune:
+        return tune()
     kernel = check_kernel()
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=a.layers, num_attention_heads=32, num_key_value_heads=8,

@@ -89,3 +89,52 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     for q, k in ((x, x), (x[:, :, :1, :8], x), (x[:, :, :1], x.mT.contiguous().mT)):
         with pytest.raises(InvalidInput):
             decode_attention(q, k, k, length=length, scale=1.0)
+
+
+@direct
+@pytest.mark.parametrize("width", [0, 1, 3])
+def test_placing_and_freeing_slots(width: int) -> None:
+    from qkv.kernels.slots import free, place
+
+    b, g, c, d, e = 2, 3, 37, 5, 7
+    draw = torch.Generator(DEVICE).manual_seed(width)
+    rand = lambda *s: torch.randn(*s, device=DEVICE, generator=draw)  # noqa: E731
+    keys, values, k, v = rand(b, g, c, d), rand(b, g, c, e), rand(b, 1, g, d).transpose(1, 2), rand(b, g, 1, e)
+    position = torch.rand(b, g, c, device=DEVICE, generator=draw).argsort(-1).int()
+    state = rand(b, g, c, width) if width else None
+    slot = torch.randint(0, c, (b, g, 1), device=DEVICE, generator=draw)
+    new = torch.tensor([[90], [91]], dtype=torch.int32, device=DEVICE)
+    want = [x.clone() for x in (keys, values, position)]
+    at = slot[..., None]
+    want[0].scatter_(2, at.expand(-1, -1, -1, d), k)
+    want[1].scatter_(2, at.expand(-1, -1, -1, e), v)
+    want[2].scatter_(2, slot, new[:, None].expand(b, g, 1))
+    place(keys, values, position, state, slot, k, v, new)
+    assert all(torch.equal(x, y) for x, y in zip((keys, values, position), want, strict=True))
+    if state is not None:
+        assert (state.gather(2, at.expand(-1, -1, -1, width)) == 0).all()
+    for worth in (None, rand(b, g, c), torch.zeros(b, g, c, device=DEVICE)):
+        mine, where = position.clone(), slot.clone()
+        score = position.float() if worth is None else worth
+        score = score.masked_fill(position < 4, torch.inf) if worth is None else score
+        expected = score.scatter(2, slot, torch.inf).argmin(-1, keepdim=True)
+        free(mine, where, worth=worth, protect=4)
+        if worth is None or worth.any():
+            assert torch.equal(where, expected)
+        assert (mine.gather(2, where) == -1).all() and (mine == -1).sum() == b * g and not (where == slot).any()
+
+
+@direct
+def test_turning_a_few_keys_in_place() -> None:
+    from qkv.core.cache import Rope
+    from qkv.kernels.slots import turn
+
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    keys = torch.randn(2, 3, 11, 10, device=DEVICE, generator=draw)
+    rope = Rope(torch.tensor([1.0, 0.1, 0.01], device=DEVICE))  # partial rotary: 6 of 10 channels
+    index = torch.tensor([0, 4, 9], device=DEVICE).expand(2, 3, 3)
+    shift = torch.randint(0, 50, (2, 3, 3), device=DEVICE, generator=draw).int()
+    anchors = keys.gather(2, index[..., None].expand(-1, -1, -1, 10))
+    want = keys.scatter(2, index[..., None].expand(-1, -1, -1, 10), rope.rotate(anchors, shift))
+    turn(keys, anchors, index, rope.frequencies, shift)
+    torch.testing.assert_close(keys, want, rtol=0, atol=2e-6)

@@ -85,6 +85,10 @@ class StreamingLLM(Policy):
     def _sink(self, view: View) -> Tensor:
         return (view.position >= 0) & (view.position < self.sinks)
 
+    def protected(self) -> int:
+        """The sinks."""
+        return self.sinks
+
     def rank(self, state: Tensor | None, view: View) -> Tensor:
         """Sinks first, then the newest."""
         position = view.position.to(torch.float32)

@@ -272,6 +272,10 @@ class Policy(CacheMethod):
         """
         return None
 
+    def protected(self) -> int:
+        """For policies ranked by position: the first tokens that are never evicted."""
+        return 0
+
     def observe(self, state: Tensor | None, view: View) -> Tensor | None:
         """New per-slot state ``[B, G, S, slot_state]`` after a call; `state` holds 0 for slots that are new."""
         return state

@@ -10,6 +10,7 @@ from torch import Tensor
 from qkv.core.attend import sdpa
 from qkv.core.cache import Geometry, LayerCache, Now, Step
 from qkv.core.errors import StateError
+from qkv.core.kernel import kernel
 
 
 def grown(capacity: int, needed: int) -> int:
@@ -22,6 +23,12 @@ def resized(x: Tensor, capacity: int, used: int, fill: float = 0) -> Tensor:
     out = x.new_full((*x.shape[:2], capacity, *x.shape[3:]), fill)
     out[:, :, :used] = x[:, :, :used]
     return out
+
+
+def rearranged(x: Tensor, rows: Tensor) -> Tensor:
+    """The batch rows `rows` of `x`; in place where their number stays, so that captured steps keep their addresses."""
+    new = x.index_select(0, rows.to(x.device))
+    return x.copy_(new) if new.shape == x.shape else new
 
 
 @final
@@ -62,12 +69,10 @@ class DenseCache(LayerCache):
 
     def _read(self, q: Tensor, step: Step) -> Tensor:
         """One token over the whole history, by the kernel that captured steps use too."""
-        from qkv.kernels.decode import decode_attention
-
         assert self.keys is not None and self.values is not None
         length = torch.full((1,), self.seen, dtype=torch.int32, device=q.device)
         start = None if step.padding is None else (~step.padding).sum(-1, dtype=torch.int32)
-        return decode_attention(q, self.keys, self.values, length=length, start=start, scale=step.scale)[0]
+        return kernel("decode:decode_attention")(q, self.keys, self.values, length=length, start=start, scale=step.scale)[0]
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         n = k.shape[2]
@@ -96,13 +101,11 @@ class DenseCache(LayerCache):
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, now: Now) -> Tensor:
         """See `LayerCache.step`."""
-        from qkv.kernels.decode import decode_attention
-
         assert self.keys is not None and self.values is not None
         self.keys.index_copy_(2, now.cursor, k)
         self.values.index_copy_(2, now.cursor, v)
         self.seen += 1
-        return decode_attention(q, self.keys, self.values, length=now.length, start=now.start, scale=scale)[0]
+        return kernel("decode:decode_attention")(q, self.keys, self.values, length=now.length, start=now.start, scale=scale)[0]
 
     def advance(self) -> None:
         """See `LayerCache.advance`."""
@@ -124,10 +127,10 @@ class DenseCache(LayerCache):
 
     def select(self, rows: Tensor) -> None:
         """See `LayerCache.select`."""
-        for name in ("keys", "values", "padding"):
-            x = getattr(self, name)
-            if x is not None:
-                setattr(self, name, x.index_select(0, rows.to(x.device)))
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = rearranged(self.keys, rows), rearranged(self.values, rows)
+        if self.padding is not None:  # the host's own mask: never written to
+            self.padding = self.padding.index_select(0, rows.to(self.padding.device))
 
     def bytes(self) -> int:
         """Bytes of the buffers, unused capacity included."""

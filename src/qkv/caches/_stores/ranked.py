@@ -12,20 +12,20 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from qkv.caches._stores.dense import grown, resized
+from qkv.caches._stores.dense import grown, rearranged, resized
+from qkv.caches._stores.recording import Recording
 from qkv.core.attend import attend, sdpa
-from qkv.core.cache import Geometry, LayerCache, Now, Policy, Step, View
+from qkv.core.cache import Geometry, Now, Policy, Step, View
 from qkv.core.errors import Refused, StateError
+from qkv.core.kernel import kernel
 
 
 @final
-class RankedCache(LayerCache):
+class RankedCache(Recording):
     """Slots ``[B, G, C]`` chosen by a policy; see the module."""
 
     def __init__(self, policy: Policy, geometry: Geometry) -> None:
         self.policy, self.geometry = policy, geometry
-        self.recording = False
-        self.prompt: int | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -37,6 +37,7 @@ class RankedCache(LayerCache):
         self.slot: Tensor | None = None  # [B, G, 1] where the next token goes, once every slot is in use
         self.keep: Tensor | None = None  # [B, 1, 1]
         self.movers: Tensor | None = None  # [B, G, few] slots that the policy may move
+        self.anchors: Tensor | None = None  # [B, G, few, D] their keys unmoved, while the slots hold moved ones
         self.length: Tensor | None = None  # int32 [1], the number of slots read, for the decode kernel
         self._length_of = 0
         self.filled = 0  # slots handed out so far (never more than the capacity)
@@ -44,7 +45,7 @@ class RankedCache(LayerCache):
         self.least = 0  # the smallest
         self.holes = False  # some slot may be empty or padding: reading needs a mask
         self.seen = 0
-        self._undo: _Undo | None = None
+        self._forget_runs()
 
     # -- one call ---------------------------------------------------------------------------------------------
 
@@ -63,6 +64,9 @@ class RankedCache(LayerCache):
 
     def _absorb(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         n = q.shape[2]
+        if n == 1 and self._steady_on_device() and step.compute is None:
+            return self._steady(q, k, v, step.position, step.scale)
+        self._put_back()
         if n == 1 and self.keys is not None:
             return self._one(q, k, v, step)
         self._budget(step, n)
@@ -162,15 +166,66 @@ class RankedCache(LayerCache):
         if not q.is_cuda or step.compute is not None:
             mask = None if position is None else (position >= 0).unsqueeze(2)
             return self._run(q, k, v, mask, False, step, rows, None)
-        from qkv.kernels.decode import decode_attention, key_mass
+        return self._kernels(q, k, v, position, step.scale)
 
+    def _kernels(
+        self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """One token over all slots on the device, and the mass where the policy wants it."""
         if self.length is None or self._length_of != k.shape[2]:
             self.length = torch.full((1,), k.shape[2], dtype=torch.int32, device=k.device)
             self._length_of = k.shape[2]
-        out, lse = decode_attention(q, k, v, length=self.length, position=position, scale=step.scale)
-        if not rows:
-            return out, None
-        return out, key_mass(q, k, lse, length=self.length, position=position, scale=step.scale)
+        what = {"length": self.length, "position": position, "scale": scale}
+        out, lse = kernel("decode:decode_attention")(q, k, v, **what)
+        return out, kernel("decode:key_mass")(q, k, lse, **what) if self.policy.mass_queries(1) else None
+
+    def _steady_on_device(self) -> bool:
+        """Whether every slot of every row is taken, on CUDA: then a step is a handful of launches."""
+        return self.slot is not None and self.slot.is_cuda and not self.holes and not self.recording
+
+    def _steady(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float) -> Tensor:
+        """As `_one`, in place on static buffers with fused launches: what a captured step runs."""
+        assert self.keys is not None and self.values is not None and self.position is not None
+        assert self.slot is not None and self.keep is not None
+        policy = self.policy
+        kernel("slots:place")(
+            self.keys, self.values, self.position, self.state, self.slot, k.detach(), v.detach(), position
+        )
+        view = View(self.keys, self.values, self.position, self.keep, position.unsqueeze(-1), q)
+        out, mass = self._kernels(q, self._turned_keys(view), self.values, None, scale)
+        state = None
+        if self.state is not None:
+            view = View(self.keys, self.values, self.position, self.keep, view.newest, q, mass)
+            state = policy.observe(self.state, view)
+            assert state is not None
+            self.state.copy_(state)
+        if policy.spec.by_position:
+            kernel("slots:free")(self.position, self.slot, protect=policy.protected())
+        else:
+            kernel("slots:free")(self.position, self.slot, worth=policy.rank(state, view).to(torch.float32))
+        self.seen += 1
+        return out
+
+    def _turned_keys(self, view: View) -> Tensor:
+        """The keys as read by a steady step: a few movers are rotated in place, their originals kept beside."""
+        shift, movers = self.policy.shift(view), self.policy.moving(view)
+        if shift is None or movers is None or self.movers is None:
+            return self._moved(view)
+        if movers[1] == 0:
+            return view.keys
+        if self.anchors is None:
+            self.anchors = _pick(view.keys, self.movers)
+        assert self.geometry.rope is not None
+        frequencies = self.geometry.rope.frequencies.to(view.keys.device)
+        kernel("slots:turn")(view.keys, self.anchors, self.movers, frequencies, shift.gather(2, self.movers).int())
+        return view.keys
+
+    def _put_back(self) -> None:
+        """Undo the rotation of the movers before anything else reads or moves the keys."""
+        if self.anchors is not None:
+            assert self.keys is not None and self.movers is not None
+            self.keys.scatter_(2, _wide(self.movers, self.anchors), self.anchors)
+            self.anchors = None
 
     def _run(
         self,
@@ -301,10 +356,6 @@ class RankedCache(LayerCache):
         """Empty the least worthy slot of every row over its budget; rows within it point at an empty slot."""
         assert self.position is not None and self.keep is not None
         worth = self._worth(view, state)
-        if self.slot is not None and not self.holes:  # steady: every slot is taken, every row is over by one
-            self.slot.copy_(worth.argmin(-1, keepdim=True))
-            self.position.scatter_(2, self.slot, -1)
-            return
         empty = view.position < 0
         over = (~empty).sum(-1, keepdim=True) > self.keep  # [B, G, 1]
         worth = torch.where(over, worth.masked_fill(empty, torch.inf), torch.where(empty, -torch.inf, torch.inf))
@@ -319,69 +370,22 @@ class RankedCache(LayerCache):
 
     # -- speculation ------------------------------------------------------------------------------------------
 
-    def announce(self, prompt: int) -> None:
-        """See `LayerCache.announce`."""
-        self.prompt = prompt
+    def _snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.tensors(), self.counters()
 
-    def record(self) -> None:
-        """See `LayerCache.record`."""
-        self.recording = True
-
-    def _provisional(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-        """A block that `crop` may shorten: what belongs to the prompt at once, the rest token by token as decoding would."""
-        if self._undo is not None:
-            self._settle(0)
-        n = q.shape[2]
-        head = (
-            min(n, max(0, (self.prompt or 0) - self.seen)) if self.prompt is not None else (n if self.seen == 0 else 0)
-        )
-        outs = []
-        if head:
-            outs.append(self._absorb(q[:, :, :head], k[:, :, :head], v[:, :, :head], _cut(step, self.seen, 0, head)))
-        rest = _Undo(
-            self.tensors(),
-            self.counters(),
-            q[:, :, head:],
-            k[:, :, head:],
-            v[:, :, head:],
-            _cut(step, self.seen - head, head, n),
-        )
-        for i in range(head, n):
-            one = _cut(step, self.seen - i, i, i + 1)
-            outs.append(self._absorb(q[:, :, i : i + 1], k[:, :, i : i + 1], v[:, :, i : i + 1], one))
-        self._undo = rest
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+    def _go_back(self, snapshot: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+        self.restore(snapshot[0])
+        self.__dict__.update(snapshot[1])
 
     def crop(self, tokens: int) -> None:
-        """Take back the newest `tokens` of the last provisional block, or raise `StateError`."""
-        if self._undo is None:
-            if tokens:
-                raise StateError(
-                    f"{self.policy.id}: {tokens} tokens cannot be taken back: what they evicted is gone. Start "
-                    "speculative decoding through `generate` (it records), or keep a copy of the cache"
-                )
-            return
-        self._settle(tokens)
-
-    def _settle(self, tokens: int) -> None:
-        undo, self._undo = self._undo, None
-        assert undo is not None
-        if tokens > undo.q.shape[2]:
-            self._undo = undo
+        """Take back the newest `tokens` of what is not settled yet and settle the rest, or raise `StateError`."""
+        if tokens > self.unsettled:
             raise StateError(
-                f"{self.policy.id}: only the last block of {undo.q.shape[2]} tokens can be taken back, not {tokens}"
+                f"{self.policy.id}: {tokens} tokens cannot be taken back, only the {self.unsettled} recorded since the last "
+                "`crop`: what the others evicted is gone. Start speculative decoding through `generate` (it records), or keep "
+                "a copy of the cache"
             )
-        if tokens:
-            self.restore(undo.tensors)
-            self.__dict__.update(undo.counters)
-            start = self.seen
-            for i in range(undo.q.shape[2] - tokens):
-                self._absorb(
-                    undo.q[:, :, i : i + 1],
-                    undo.k[:, :, i : i + 1],
-                    undo.v[:, :, i : i + 1],
-                    _cut(undo.step, start, i, i + 1),
-                )
+        self._take_back(tokens)
 
     # -- the rest of the contract -----------------------------------------------------------------------------
 
@@ -391,15 +395,14 @@ class RankedCache(LayerCache):
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of every tensor, and the counters as a 0-d tensor each."""
+        self._put_back()
         names = ("keys", "values", "position", "state", "slot", "keep", "movers")
         out = {name: x.clone() for name in names if (x := getattr(self, name)) is not None}
         return out | {f"count.{k}": torch.tensor(int(v)) for k, v in self.counters().items()} if out else out
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `LayerCache.restore`."""
-        recording, prompt = self.recording, self.prompt
         self.reset()
-        self.recording, self.prompt = recording, prompt
         for name, x in tensors.items():
             if name.startswith("count."):
                 value = int(x)
@@ -409,17 +412,26 @@ class RankedCache(LayerCache):
 
     def select(self, rows: Tensor) -> None:
         """See `LayerCache.select`."""
-        for name in ("keys", "values", "position", "state", "slot", "keep", "movers"):
+        self._refuse_beams()
+        for name in ("keys", "values", "position", "state", "slot", "keep", "movers", "anchors"):
             x = getattr(self, name)
             if x is not None:
-                setattr(self, name, x.index_select(0, rows.to(x.device)))
-        if self._undo is not None:
-            raise StateError(f"{self.policy.id}: beams cannot be reordered inside a speculative block")
+                setattr(self, name, rearranged(x, rows))
 
     def bytes(self) -> int:
-        """Bytes of keys, values, positions and policy state, spare capacity included."""
-        held = (self.keys, self.values, self.position, self.state, self.slot, self.keep, self.movers, self.length)
-        return sum(x.numel() * x.element_size() for x in held if x is not None)
+        """Bytes of keys, values, positions and policy state, spare capacity and what recording holds included."""
+        held = (
+            self.keys,
+            self.values,
+            self.position,
+            self.state,
+            self.slot,
+            self.keep,
+            self.movers,
+            self.anchors,
+            self.length,
+        )
+        return sum(x.numel() * x.element_size() for x in (*held, *self._recorded()) if x is not None)
 
     def kept(self) -> int:
         """See `LayerCache.kept`."""
@@ -433,25 +445,26 @@ class RankedCache(LayerCache):
 
     def static(self) -> bool:
         """True once every slot is in use: from then on a step overwrites in place."""
-        return self.slot is not None and not self.recording and self.slot.is_cuda
+        return self._steady_on_device()
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, now: Now) -> Tensor:
         """See `LayerCache.step`."""
-        return self._one(q, k, v, Step(now.position, scale))
+        return self._steady(q, k, v, now.position, scale)
 
     def buffers(self) -> tuple[Tensor, ...]:
         """Everything that a step reads or overwrites."""
-        held = (self.keys, self.values, self.position, self.state, self.slot, self.keep, self.movers, self.length)
+        held = (
+            self.keys,
+            self.values,
+            self.position,
+            self.state,
+            self.slot,
+            self.keep,
+            self.movers,
+            self.anchors,
+            self.length,
+        )
         return tuple(x for x in held if x is not None)
-
-
-class _Undo:
-    """What is needed to take back part of a provisional block: the memory before it, and the block."""
-
-    def __init__(
-        self, tensors: dict[str, Tensor], counters: dict[str, int | bool], q: Tensor, k: Tensor, v: Tensor, step: Step
-    ) -> None:
-        self.tensors, self.counters, self.q, self.k, self.v, self.step = tensors, counters, q, k, v, step
 
 
 def _turned(x: Tensor, order: Tensor) -> Tensor:
@@ -467,9 +480,3 @@ def _wide(index: Tensor, x: Tensor) -> Tensor:
 def _pick(x: Tensor, index: Tensor) -> Tensor:
     """The slots `index` ``[B, G, K]`` of `x` ``[B, G, S, .]``."""
     return x.gather(2, _wide(index, x))
-
-
-def _cut(step: Step, base: int, start: int, stop: int) -> Step:
-    """The part of a step that concerns its tokens start .. stop; `base` columns precede the step's first token."""
-    padding = None if step.padding is None else step.padding[:, : base + stop]
-    return Step(step.position[:, start:stop], step.scale, padding, None, step.compute, step.causal)

@@ -1,0 +1,129 @@
+r"""One decoding step of a ranked cache in two launches: write the token into its slot, then free the least worthy slot.
+
+    place: keys[slot], values[slot], position[slot], state[slot] <- token
+    free:  slot <- argmin over occupied slots but the one just written;  position[slot] <- -1
+
+Worth is a float32 tensor, or the position itself with the first `protect` positions never freed. Rows without empty slots
+only (the steady state).
+
+Axes: B batch, G key/value heads, C capacity, D head width, E value width, W state width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _place(
+    keys, values, position, state, slot, k, v, new, G, C, D, E, W, k_b, k_g, v_b, v_g,
+    DP: tl.constexpr, EP: tl.constexpr, WP: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    b, g = pair // G, pair % G
+    at = pair.to(tl.int64) * C + tl.load(slot + pair)
+    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    tl.store(keys + at * D + d, tl.load(k + b * k_b + g * k_g + d, mask=d < D), mask=d < D)
+    tl.store(values + at * E + e, tl.load(v + b * v_b + g * v_g + e, mask=e < E), mask=e < E)
+    tl.store(position + at, tl.load(new + b))
+    if WP > 0:
+        w = tl.arange(0, WP)
+        tl.store(state + at * W + w, tl.zeros((WP,), tl.float32), mask=w < W)
+
+
+@triton.jit
+def _free(position, worth, slot, C, protect, BY_POSITION: tl.constexpr, BLOCK: tl.constexpr):
+    pair = tl.program_id(0)
+    base = pair.to(tl.int64) * C
+    written = tl.load(slot + pair)
+    best = float("inf")
+    where = written.to(tl.int32)
+    for start in range(0, C, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        live = (j < C) & (j != written)
+        if BY_POSITION:
+            p = tl.load(position + base + j, mask=live, other=0)
+            x = p.to(tl.float32)
+            live = live & (p >= protect)
+        else:
+            x = tl.load(worth + base + j, mask=live, other=0.0)
+            x = tl.where(x == x, x, -3e38)
+        x = tl.where(live, tl.minimum(tl.maximum(x, -3e38), 3e38), float("inf"))
+        low = tl.min(x, 0)
+        index = tl.min(tl.where((x == low) & live, j, 2147483647), 0)
+        better = low < best
+        where = tl.where(better, index, where)
+        best = tl.where(better, low, best)
+    tl.store(slot + pair, where.to(tl.int64))
+    tl.store(position + base + where, -1)
+
+
+@triton.jit
+def _turn(keys, anchors, index, frequencies, shift, G, C, D, N, R, NP: tl.constexpr, RP: tl.constexpr):
+    """Write the anchors, rotated forward by their shift, into their slots."""
+    pair = tl.program_id(0)
+    n, r = tl.arange(0, NP)[:, None], tl.arange(0, RP)[None, :]
+    live = (n < N) & (r < R)
+    source = anchors + (pair.to(tl.int64) * N + n) * D + r
+    a = tl.load(source, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(source + R, mask=live, other=0.0).to(tl.float32)
+    angle = tl.load(shift + pair.to(tl.int64) * N + n, mask=n < N, other=0).to(tl.float32)
+    angle = angle * tl.load(frequencies + r, mask=r < R, other=0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    slot = tl.load(index + pair.to(tl.int64) * N + n, mask=n < N, other=0)
+    target = keys + (pair.to(tl.int64) * C + slot) * D + r
+    tl.store(target, (a * cos - b * sin).to(keys.dtype.element_ty), mask=live)
+    tl.store(target + R, (b * cos + a * sin).to(keys.dtype.element_ty), mask=live)
+
+
+def place(
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    state: Tensor | None,
+    slot: Tensor,
+    k: Tensor,
+    v: Tensor,
+    new: Tensor,
+) -> None:
+    """Write one token: k ``[B, G, 1, D]``, v ``[B, G, 1, E]``, new int32 ``[B, 1]``, into slot int64 ``[B, G, 1]``, in place.
+
+    keys ``[B, G, C, D]``, values, position int32 ``[B, G, C]`` and state float32 ``[B, G, C, W]`` are contiguous.
+    """
+    b, g, c, d = keys.shape
+    e, w = values.shape[3], 0 if state is None else state.shape[3]
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    _place[(b * g,)](
+        keys, values, position, state if state is not None else keys, slot, k, v, new.contiguous(), g, c, d, e, w,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        DP=triton.next_power_of_2(d), EP=triton.next_power_of_2(e), WP=0 if w == 0 else triton.next_power_of_2(w),
+        num_warps=1,
+    )  # fmt: skip
+
+
+def free(position: Tensor, slot: Tensor, *, worth: Tensor | None = None, protect: int = 0) -> None:
+    """Free the least worthy slot of every row and head, in place; `slot` holds the one just written, then the freed one.
+
+    worth: float32 ``[B, G, C]``, or None to free the oldest position that is at least `protect`. The lowest index wins a tie.
+    """
+    b, g, c = position.shape
+    block = min(1024, triton.next_power_of_2(c))
+    _free[(b * g,)](
+        position, worth.contiguous() if worth is not None else position, slot, c, protect,
+        BY_POSITION=worth is None, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def turn(keys: Tensor, anchors: Tensor, index: Tensor, frequencies: Tensor, shift: Tensor) -> None:
+    """Keys ``[B, G, C, D]`` at index ``[B, G, N]`` <- anchors ``[B, G, N, D]`` rotated by shift int32 ``[B, G, N]``, in place."""
+    b, g, c, d = keys.shape
+    n, r = index.shape[2], frequencies.shape[0]
+    _turn[(b * g,)](
+        keys, anchors.contiguous(), index.contiguous(), frequencies, shift.contiguous(), g, c, d, n, r,
+        NP=triton.next_power_of_2(n), RP=triton.next_power_of_2(r), num_warps=1,
+    )  # fmt: skip
+
+
+__all__ = ["free", "place", "turn"]
