@@ -81,26 +81,27 @@ def reference(
                     if tau >= 1 or sum(weight[x] for x in kept) < tau * sum(weight):
                         kept.add(c)
                 for i in range(u * size, min(len(asks), (u + 1) * size)):
-                    for j in range(len(real)):
-                        out[row, head, asks[i], real[j]] = j // size in kept and (not causal or j <= i + offset)
+                    own = [j // size in kept and (not causal or j <= i + offset) for j in range(len(real))]
+                    out[row, head, asks[i], real] = torch.tensor(own, device=q.device)
     return out
 
 
 def _mass(scores: Tensor, stride: int, size: int, offset: int, causal: bool) -> Tensor:
     """Block scores ``[Qb, Kb]`` of one head's scaled scores ``[N, M]``."""
-    n, m = scores.shape
+    (n, m), x = scores.shape, scores.tolist()
     rows, columns = -(-n // stride), -(-m // stride)
-    tiles = scores.new_full((rows, columns), -torch.inf)
+    tiles = [[-math.inf] * columns for _ in range(rows)]
     for r in range(rows):
         for c in range(columns):
             pairs = [(r * stride + stride - 1 - t, c * stride + t) for t in range(stride)]
             if not causal or c * stride <= offset + r * stride + stride - 1:
-                tiles[r, c] = sum(scores[i, j] for i, j in pairs if i < n and j < m)
-    out = scores.new_zeros(-(-n // size), -(-m // size))
-    for (r, c), w in zip(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).tolist(),
-                         tiles.softmax(1).flatten(), strict=True):  # fmt: skip
-        out[r * stride // size, c * stride // size] += w
-    return out
+                tiles[r][c] = sum(x[i][j] for i, j in pairs if i < n and j < m)
+    weights = torch.tensor(tiles, dtype=scores.dtype).softmax(1).tolist()
+    out = [[0.0] * -(-m // size) for _ in range(-(-n // size))]
+    for r in range(rows):
+        for c in range(columns):
+            out[r * stride // size][c * stride // size] += weights[r][c]
+    return scores.new_tensor(out)
 
 
 class Rows(NamedTuple):
@@ -117,7 +118,7 @@ class Rows(NamedTuple):
     offset: Tensor
 
 
-def rows(padding: Tensor | None, b: int, n: int, m: int, device: torch.device) -> Rows:
+def real_tokens(padding: Tensor | None, b: int, n: int, m: int, device: torch.device) -> Rows:
     """Real tokens of each row; `Refused` where padding lies between real tokens."""
     if padding is None:
         zero = torch.zeros(b, dtype=torch.long, device=device)
@@ -155,7 +156,7 @@ def block_scores(
     computed.
     """
     (b, h, n, d), (g, m), s, size = q.shape, k.shape[1:3], stride, block_size
-    at = rows(None, b, n, m, q.device) if at is None else at
+    at = real_tokens(None, b, n, m, q.device) if at is None else at
     nr, kb, per = -(-n // s), -(-m // size), size // s
     qs = F.pad(q, (0, 0, 0, nr * s - n)).reshape(b, h, nr, s, d).flip(3).reshape(b, g, h // g, nr, s * d)
     ks = F.pad(k, (0, 0, 0, kb * size - m)).reshape(b, g, kb * per, s * d)
@@ -195,6 +196,71 @@ def select(scores: Tensor, threshold: Tensor, forced: Tensor, free: Tensor) -> T
     before = F.pad(mass[..., :-1], (1, 0))
     chosen = torch.zeros_like(free.expand_as(scores)).scatter(-1, order, before < threshold * mass[..., -1:])
     return (chosen | forced | (threshold >= 1)) & free
+
+
+def _order(by: Tensor, size: int) -> Tensor | None:
+    """Slot -> position after `_roll`: ``[B, 1, L]``, or None when nothing moves."""
+    if not bool((by % size).any()):
+        return None
+    return ((torch.arange(size, device=by.device) + by[:, None]) % size)[:, None]
+
+
+def calibrate_thresholds(
+    method: XAttention, samples: Iterable[tuple[Tensor, Tensor, Tensor]], *, tolerance: float = 0.05,
+    factor: float = 0.9, floor: float = 0.1,
+) -> tuple[float, ...]:  # fmt: skip
+    """Per-head thresholds of one layer: as few blocks as an error allows.
+
+    samples: (q, k, v) of that layer on calibration text. tolerance: greatest mean over heads of the relative
+    L2 error of the head outputs against dense attention. From `method.threshold` (or its highest) each step
+    lowers the head that saves most blocks per error added, by powers of `factor`, never below `floor`.
+    Greedy, where the paper runs a dynamic programme over steps of the same size. Returns thresholds for
+    ``method.replace(threshold=...)``.
+    """
+    if not 0 < factor < 1 or not 0 < floor <= 1 or tolerance < 0:
+        raise InvalidParameter(
+            f"calibrate_thresholds: tolerance={tolerance} must be >= 0, factor={factor} in (0, 1), floor={floor} in (0, 1]"
+        )
+    start = max(method.threshold) if isinstance(method.threshold, tuple) else method.threshold
+    steps = max(0, math.floor(math.log(floor / start) / math.log(factor))) if floor < start else 0
+    levels = [start * factor**i for i in range(steps + 1)]
+    errors, costs, count = [], [], 0
+    for q, k, v in samples:
+        dense = attend(q, k, v, causal=True).out
+        runs = [_cost(method.replace(threshold=tau), q, k, v, dense) for tau in levels]
+        errors.append(torch.stack([e for e, _ in runs]))
+        costs.append(torch.stack([c for _, c in runs]))
+        count += 1
+    if not count:
+        raise InvalidInput("calibrate_thresholds: no samples; pass (q, k, v) tensors of the layer")
+    return _greedy(torch.stack(errors).mean(0), torch.stack(costs).mean(0), levels, tolerance)
+
+
+def _cost(method: Pattern, q: Tensor, k: Tensor, v: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Relative error and kept blocks per head of the plan."""
+    plan = method.plan(q, k)
+    error = (execute_plan(q, k, v, plan) - dense).double().norm(dim=(0, 2, 3)) / dense.double().norm(dim=(0, 2, 3))
+    cost = plan.blocks().sum((0, 2, 3)).double()
+    return error.unflatten(0, (len(cost), -1)).mean(1), cost
+
+
+def _greedy(errors: Tensor, costs: Tensor, levels: list[float], tolerance: float) -> tuple[float, ...]:
+    """Lower one head at a time: errors and costs ``[levels, heads]``, best saving per added error first."""
+    heads = errors.shape[1]
+    now = [0] * heads
+    while True:
+        best, choice = 0.0, None
+        spent = sum(float(errors[now[h], h]) for h in range(heads))
+        for h in range(heads):
+            for level in range(now[h] + 1, len(levels)):
+                added = float(errors[level, h] - errors[now[h], h])
+                saved = float(costs[now[h], h] - costs[level, h])
+                fits = spent + added <= tolerance * heads
+                if fits and saved > 0 and saved / max(added, 1e-12) > best:
+                    best, choice = saved / max(added, 1e-12), (h, level)
+        if choice is None:
+            return tuple(levels[x] for x in now)
+        now[choice[0]] = choice[1]
 
 
 @final
@@ -276,7 +342,7 @@ class XAttention(Pattern):
         check_padding(padding, k, self.id)
         (b, h, n, d), (g, m), size = q.shape, k.shape[1:3], self.block_size
         with torch.no_grad():
-            at = rows(padding, b, n, m, q.device)
+            at = real_tokens(padding, b, n, m, q.device)
             perm_q = perm_kv = None
             if padding is not None:
                 q, k = _roll(q.detach(), at.skip, at.queries), _roll(k.detach(), at.begin, at.keys)
@@ -319,68 +385,3 @@ class XAttention(Pattern):
             elif not self.keep_first:
                 forced = forced | ((top % size != 0) & (c == top - top % size))
         return (forced & free)[:, None], free[:, None]
-
-
-def _order(by: Tensor, size: int) -> Tensor | None:
-    """Slot -> position after `_roll`: ``[B, 1, L]``, or None when nothing moves."""
-    if not bool((by % size).any()):
-        return None
-    return ((torch.arange(size, device=by.device) + by[:, None]) % size)[:, None]
-
-
-def calibrate_thresholds(
-    method: XAttention, samples: Iterable[tuple[Tensor, Tensor, Tensor]], *, tolerance: float = 0.05,
-    factor: float = 0.9, floor: float = 0.1,
-) -> tuple[float, ...]:  # fmt: skip
-    """Per-head thresholds of one layer: as few blocks as an error allows.
-
-    samples: (q, k, v) of that layer on calibration text. tolerance: greatest mean over heads of the relative
-    L2 error of the head outputs against dense attention. From `method.threshold` (or its highest) each step
-    lowers the head that saves most blocks per error added, by powers of `factor`, never below `floor`.
-    Greedy, where the paper runs a dynamic programme over steps of the same size. Returns thresholds for
-    ``method.replace(threshold=...)``.
-    """
-    if not 0 < factor < 1 or not 0 < floor <= 1 or tolerance < 0:
-        raise InvalidParameter(
-            f"calibrate_thresholds: tolerance={tolerance} must be >= 0, factor={factor} in (0, 1), floor={floor} in (0, 1]"
-        )
-    start = max(method.threshold) if isinstance(method.threshold, tuple) else method.threshold
-    steps = max(0, math.floor(math.log(floor / start) / math.log(factor))) if floor < start else 0
-    levels = [start * factor**i for i in range(steps + 1)]
-    errors, costs, count = [], [], 0
-    for q, k, v in samples:
-        dense = attend(q, k, v, causal=True).out
-        runs = [_cost(method.replace(threshold=tau), q, k, v, dense) for tau in levels]
-        errors.append(torch.stack([e for e, _ in runs]))
-        costs.append(torch.stack([c for _, c in runs]))
-        count += 1
-    if not count:
-        raise InvalidInput("calibrate_thresholds: no samples; pass (q, k, v) tensors of the layer")
-    return _greedy(torch.stack(errors).mean(0), torch.stack(costs).mean(0), levels, tolerance)
-
-
-def _cost(method: Pattern, q: Tensor, k: Tensor, v: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Relative error and kept blocks per head of the plan."""
-    plan = method.plan(q, k)
-    error = (execute_plan(q, k, v, plan) - dense).double().norm(dim=(0, 2, 3)) / dense.double().norm(dim=(0, 2, 3))
-    cost = plan.blocks().sum((0, 2, 3)).double()
-    return error.unflatten(0, (len(cost), -1)).mean(1), cost
-
-
-def _greedy(errors: Tensor, costs: Tensor, levels: list[float], tolerance: float) -> tuple[float, ...]:
-    """Lower one head at a time: errors and costs ``[levels, heads]``, best saving per added error first."""
-    heads = errors.shape[1]
-    now = [0] * heads
-    while True:
-        best, choice = 0.0, None
-        spent = sum(float(errors[now[h], h]) for h in range(heads))
-        for h in range(heads):
-            for level in range(now[h] + 1, len(levels)):
-                added = float(errors[level, h] - errors[now[h], h])
-                saved = float(costs[now[h], h] - costs[level, h])
-                fits = spent + added <= tolerance * heads
-                if fits and saved > 0 and saved / max(added, 1e-12) > best:
-                    best, choice = saved / max(added, 1e-12), (h, level)
-        if choice is None:
-            return tuple(levels[x] for x in now)
-        now[choice[0]] = choice[1]
