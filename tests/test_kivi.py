@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import qkv
-from qkv.caches._stores import packed
+from qkv.caches._stores import packed, recording
 from qkv.caches._stores.packed import (
     PackedCache,
     dequantize_per_channel_tokens,
@@ -393,12 +393,36 @@ def test_a_provisional_block_can_be_taken_back_exactly(padded: bool) -> None:
 def test_a_crop_beyond_the_provisional_block_goes_on_into_the_residual() -> None:
     qkv_, layer = draw(60), cache()
     layer.record()
-    feed(layer, qkv_, [20, 5])
+    feed(layer, qkv_, [20])
+    layer.crop(0)  # settled: from here on only the residual can be cropped
+    feed(layer, tuple(x[:, :, 20:] for x in qkv_), [5])  # type: ignore[arg-type]
     with pytest.raises(StateError):
         layer.crop(12)  # 7 behind the block, 4 keys are there
     assert layer.seen == 25
     layer.crop(7)
     assert layer.seen == 18 and layer.key_done == [16]
+
+
+def test_everything_since_the_last_crop_can_be_taken_back() -> None:
+    """Several blocks and the prompt: an assistant drafts one token at a time and goes back over all of them."""
+    qkv_, layer, plain = draw(60), cache(), cache()
+    layer.record()
+    feed(layer, qkv_, [30, 1, 1, 1, 1, 1, 4])
+    layer.crop(10)  # all the steps and the last token of the prompt
+    assert layer.seen == 29 and layer.key_done == [24] and layer.value_done == [21]
+    feed(plain, qkv_, [29])
+    rest = tuple(x[:, :, 29:] for x in qkv_)
+    assert torch.equal(feed(layer, rest, [1] * 20), feed(plain, rest, [1] * 20))  # type: ignore[arg-type]
+
+
+def test_a_recording_that_is_never_cropped_settles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "MOST", 10)
+    qkv_, layer = draw(60), cache()
+    layer.record()
+    feed(layer, qkv_, [20, *([1] * 40)])
+    assert layer.unsettled <= 11
+    layer.announce(70)  # a generation begins: settled, and no longer recording
+    assert layer.unsettled == 0 and not layer.recording
 
 
 # -- the rest of the contract --------------------------------------------------------------------------------------------
@@ -502,15 +526,19 @@ def test_a_custom_mask_is_obeyed_or_refused() -> None:
 
 def test_parameters() -> None:
     m = qkv.method("kivi")
-    assert (m.k_bits, m.v_bits, m.group, m.residual) == (2, 2, 32, 128)  # type: ignore[attr-defined]
-    assert qkv.method("kivi:bits=4") == qkv.method("kivi", k_bits=4, v_bits=4)
-    assert qkv.method("kivi", bits=4).replace(k_bits=2) == qkv.method("kivi", k_bits=2, v_bits=4)
-    assert type(m).create(**qkv.method("kivi:bits=8").settings()) == qkv.method("kivi:bits=8")
+    assert m.settings() == {"bits": 2, "k_bits": None, "v_bits": None, "group": 32, "residual": 128}
+    for setting, bits in (
+        ("kivi", (2, 2)),
+        ("kivi:bits=4", (4, 4)),
+        ("kivi:k_bits=4", (4, 2)),
+        ("kivi:bits=8,v_bits=2", (8, 2)),
+    ):
+        layer = qkv.method(setting).layer(Geometry(9, 3, 64, 64))  # type: ignore[attr-defined]
+        assert (layer.k_bits, layer.v_bits) == bits
+    assert qkv.method("kivi:bits=4").replace(bits=8) == qkv.method("kivi", bits=8)
     for bad in ({"bits": 3}, {"k_bits": 1}, {"v_bits": 5}, {"group": 0}, {"residual": 0}, {"residual": 100}):
         with pytest.raises(InvalidParameter):
             qkv.method("kivi", **bad)
-    with pytest.raises(InvalidParameter, match="contradict"):
-        qkv.method("kivi", bits=2, k_bits=4)
     with pytest.raises(Refused, match="do not divide a head width of 48"):
         qkv.method("kivi").layer(Geometry(6, 3, 48, 48))
 

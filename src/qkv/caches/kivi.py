@@ -86,24 +86,17 @@ class KIVI(CacheMethod):
         trials=({}, {"bits": 4}),
         small={"group": 4, "residual": 8},
     )
-    k_bits: int = param(2, "bits of a key element (16: unchanged)", choices=BITS)
-    v_bits: int = param(2, "bits of a value element (16: unchanged)", choices=BITS)
-    bits: int | None = param(None, "sets k_bits and v_bits at once, then reads None again")
+    bits: int = param(2, "bits of an element (16: unchanged)", choices=BITS)
+    k_bits: int | None = param(None, "bits of a key element, where they differ (None: as `bits`)")
+    v_bits: int | None = param(None, "bits of a value element, where they differ (None: as `bits`)")
     group: int = param(32, "elements that share a scale and a zero", low=1)
     residual: int = param(128, "newest tokens kept in full precision; a multiple of group", low=1)
 
     def validate(self) -> None:
-        """Resolve `bits`, and check that whole groups leave the residual."""
-        if self.bits is not None:
-            require(self.bits in BITS, f"kivi: bits={self.bits} must be one of {', '.join(map(str, BITS))}")
-            for name in ("k_bits", "v_bits"):
-                given = getattr(self, name)
-                require(
-                    given in (type(self).__dataclass_fields__[name].default, self.bits),
-                    f"kivi: bits={self.bits} and {name}={given} contradict each other; give one of them",
-                )
-                object.__setattr__(self, name, self.bits)
-            object.__setattr__(self, "bits", None)
+        """Whole groups leave the residual."""
+        for name in ("k_bits", "v_bits"):
+            value = getattr(self, name)
+            require(value in (None, *BITS), f"kivi: {name}={value} must be one of {', '.join(map(str, BITS))}, or None")
         require(
             self.residual % self.group == 0,
             f"kivi: residual={self.residual} must be a multiple of group={self.group}, so that keys leave it in whole groups",
@@ -121,4 +114,5 @@ class KIVI(CacheMethod):
         reason = self.fits(geometry)
         if reason is not None:
             raise Refused(f"{self.id} at layer {geometry.layer}: {reason}")
-        return PackedCache(geometry, k_bits=self.k_bits, v_bits=self.v_bits, group=self.group, residual=self.residual)
+        k_bits, v_bits = (self.bits if x is None else x for x in (self.k_bits, self.v_bits))
+        return PackedCache(geometry, k_bits=k_bits, v_bits=v_bits, group=self.group, residual=self.residual)

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from qkv.caches._stores.dense import grown, resized
+from qkv.caches._stores.recording import Recording, Run
 from qkv.core.attend import CHUNK_ELEMENTS, causal_mask, sdpa
-from qkv.core.cache import Geometry, LayerCache, Step
+from qkv.core.cache import Geometry, Step
 from qkv.core.errors import InvalidInput, InvalidParameter, Refused, StateError
 
 BITS = (2, 4, 8, 16)
@@ -170,7 +171,7 @@ class _Shelf:
 
 
 @final
-class PackedCache(LayerCache):
+class PackedCache(Recording):
     """Keys and values of every token seen: the older ones quantised, the newest in full precision; see the module.
 
     After L tokens of a row the first L - (L mod R) keys and the first L - R values are quantised. A call attends to what was
@@ -180,8 +181,6 @@ class PackedCache(LayerCache):
     def __init__(self, geometry: Geometry, *, k_bits: int, v_bits: int, group: int, residual: int) -> None:
         self.geometry = geometry
         self.k_bits, self.v_bits, self.group, self.residual = k_bits, v_bits, group, residual
-        self.recording = False
-        self.prompt: int | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -195,7 +194,7 @@ class PackedCache(LayerCache):
         self.key_done: list[int] = []  # of these, keys quantised: a multiple of R
         self.value_done: list[int] = []
         self.seen = 0
-        self._undo: _Undo | None = None
+        self._forget_runs()
 
     # -- one call ---------------------------------------------------------------------------------------------------
 
@@ -213,29 +212,39 @@ class PackedCache(LayerCache):
         self.key_tail, self.value_tail = k.new_zeros(b, g, 0, k.shape[3]), v.new_zeros(b, g, 0, v.shape[3])
 
     def _absorb(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-        b, n = step.position.shape
-        counts = [n] * b if step.padding is None else (step.position >= 0).sum(-1).tolist()
-        real = step.position >= 0 if min(counts) < n else None
+        real = step.position >= 0 if step.padding is not None else None
+        if real is not None and bool(real.all()):
+            real = None
         out = self._attention(q, k, v, step, real)
-        self._columns(n, real)
-        if real is not None:  # real tokens first, in order
-            order = (~real).to(torch.int8).argsort(dim=-1, stable=True)[:, None, :, None]
-            k, v = (x.gather(2, order.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
-        self._append(k.detach(), v.detach(), counts)
+        self._store(k, v, step.position, real is not None)
         return out
 
+    def _store(self, k: Tensor, v: Tensor, position: Tensor, padded: bool) -> None:
+        """Store a block; padded: some of its columns may be padding, which is left out."""
+        b, n = position.shape
+        counts, real = [n] * b, None
+        if padded:  # real tokens first, in order
+            real = position >= 0
+            counts = real.sum(-1).tolist()
+            order = (~real).to(torch.int8).argsort(dim=-1, stable=True)[:, None, :, None]
+            k, v = (x.gather(2, order.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
+        self._columns(n, real)
+        self._append(k.detach(), v.detach(), counts)
+
     def _columns(self, n: int, real: Tensor | None) -> None:
-        """Note which of the next `n` columns are tokens."""
-        end = self.seen + n
-        if self.real is None and real is not None:
-            self.real = real.new_ones(real.shape[0], end)
-        if self.real is not None:
-            if self.real.shape[1] < end:
-                wider = self.real.new_ones(self.real.shape[0], grown(self.real.shape[1], end))
-                wider[:, : self.seen] = self.real[:, : self.seen]
-                self.real = wider
-            self.real[:, self.seen : end] = True if real is None else real
-        self.seen = end
+        """Note which of the next `n` columns are tokens (None: all)."""
+        start, self.seen = self.seen, self.seen + n
+        held = self.real
+        if held is None and real is None:
+            return
+        if held is None or held.shape[1] < self.seen:
+            assert self.key_tail is not None
+            size = self.seen if held is None else grown(held.shape[1], self.seen)
+            wider = torch.ones(self.key_tail.shape[0], size, dtype=torch.bool, device=self.key_tail.device)
+            if held is not None:
+                wider[:, :start] = held[:, :start]
+            self.real = held = wider
+        held[:, start : self.seen] = True if real is None else real
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, step: Step, real: Tensor | None) -> Tensor:
         """Over what is stored and the block itself: ``[B, H, N, E]``. real ``[B, N]``: which of its tokens count, None: all."""
@@ -473,61 +482,47 @@ class PackedCache(LayerCache):
 
     # -- speculation ------------------------------------------------------------------------------------------------
 
-    def announce(self, prompt: int) -> None:
-        """See `LayerCache.announce`."""
-        self.prompt = prompt
-
-    def record(self) -> None:
-        """See `LayerCache.record`."""
-        self.recording = True
-
-    def _provisional(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-        """A block that `crop` may shorten: what belongs to the prompt at once, the rest token by token as decoding would.
-
-        Codes only ever follow codes, so taking tokens back means: the residual as it was before the block, and the counts.
-        """
-        self._undo = None
-        n = q.shape[2]
-        known = n if self.prompt is None and self.seen == 0 else (self.prompt or 0) - self.seen
-        head, base, outs = min(n, max(0, known)), self.seen, []
-        if head:
-            outs.append(self._absorb(q[:, :, :head], k[:, :, :head], v[:, :, :head], _cut(step, base, 0, head)))
+    def _snapshot(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Codes only ever follow codes: the residual and the counts are all that a step overwrites."""
         assert self.key_tail is not None and self.value_tail is not None
-        undo = _Undo(
-            self.key_tail.clone(),
-            self.value_tail.clone(),
-            (list(self.length), list(self.key_done), list(self.value_done), self.seen),
-        )
-        for i in range(head, n):
-            part = slice(i, i + 1)
-            outs.append(self._absorb(q[:, :, part], k[:, :, part], v[:, :, part], _cut(step, base, i, i + 1)))
-        undo.k, undo.v, undo.position = k[:, :, head:].detach(), v[:, :, head:].detach(), step.position[:, head:]
-        self._undo = undo
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+        return self.key_tail.clone(), self.value_tail.clone(), self.counters()
+
+    def _go_back(self, snapshot: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
+        """A residual that grew since keeps its size."""
+        assert self.key_tail is not None and self.value_tail is not None
+        keys, values, counters = snapshot
+        self.key_tail[:, :, : keys.shape[2]] = keys
+        self.value_tail[:, :, : values.shape[2]] = values
+        self.__dict__.update({k: list(x) if isinstance(x, list) else x for k, x in counters.items()})
+
+    def _again(self, run: Run, tokens: int) -> None:
+        """Only stored: what is quantised depends on the count alone."""
+        if tokens:
+            _, k, v, step = run.part(0, tokens)
+            self._store(k, v, step.position, step.padding is not None)
 
     def crop(self, tokens: int) -> None:
         """Forget the newest `tokens` columns, or raise `StateError` (nothing changed) where they are quantised already.
 
-        In recording mode the last block is taken back exactly, as if its rejected tokens had never come. Otherwise tokens are
-        taken out of the residual: codes stay as they are, and the value residual fills up again before more is quantised.
+        While recording, tokens that are not settled are taken back exactly, as if they had never come. Others are taken out
+        of the residual: codes stay as they are, and the value residual fills up again before more is quantised.
         """
         if tokens < 0 or tokens > self.seen:
             raise StateError(f"cannot forget {tokens} tokens of a cache that holds {self.seen}")
-        undo = self._undo
-        if undo is None or not tokens:
-            self._shorten(tokens)
-            self._undo = None
+        deeper = tokens - self.unsettled
+        if deeper > 0:
+            runs = self._runs
+            now = self._snapshot()
+            if runs:
+                self._go_back(runs[0].before)
+            try:
+                self._shorten(deeper)
+            except StateError:
+                self._go_back(now)
+                raise
+            self._forget_runs()
             return
-        assert undo.k is not None and undo.v is not None and undo.position is not None
-        block = undo.k.shape[2]
-        self._return(undo)
-        try:
-            self._shorten(max(0, tokens - block))
-        except StateError:
-            self._replay(undo, block)
-            raise
-        self._undo = None
-        self._replay(undo, max(0, block - tokens))
+        self._take_back(tokens)
 
     def _shorten(self, tokens: int) -> None:
         if not tokens:
@@ -545,23 +540,6 @@ class PackedCache(LayerCache):
         self.length = [n - x for n, x in zip(self.length, gone, strict=True)]
         self.seen -= tokens
 
-    def _return(self, undo: _Undo) -> None:
-        """Go back to before the provisional block; a residual that grew since keeps its size."""
-        assert self.key_tail is not None and self.value_tail is not None
-        self.key_tail[:, :, : undo.key_tail.shape[2]] = undo.key_tail
-        self.value_tail[:, :, : undo.value_tail.shape[2]] = undo.value_tail
-        length, key_done, value_done, self.seen = undo.counts
-        self.length, self.key_done, self.value_done = list(length), list(key_done), list(value_done)
-
-    def _replay(self, undo: _Undo, tokens: int) -> None:
-        """Store the first `tokens` of the provisional block again, one by one; their attention was given before."""
-        assert undo.k is not None and undo.v is not None and undo.position is not None
-        for i in range(tokens):
-            real = undo.position[:, i] >= 0
-            counts = [1] * len(self.length) if self.real is None else real.long().tolist()
-            self._columns(1, None if self.real is None else real[:, None])
-            self._append(undo.k[:, :, i : i + 1], undo.v[:, :, i : i + 1], counts)
-
     # -- the rest of the contract -----------------------------------------------------------------------------------
 
     def _held(self) -> Iterator[tuple[str, Tensor]]:
@@ -574,8 +552,7 @@ class PackedCache(LayerCache):
 
     def select(self, rows: Tensor) -> None:
         """See `LayerCache.select`."""
-        if self._undo is not None:
-            raise StateError("beams cannot be reordered inside a speculative block; crop it first")
+        self._refuse_beams()
         for shelf in (self.keys, self.values):
             for name, x in list(shelf.named()):
                 setattr(shelf, name, x.index_select(0, rows.to(x.device)))
@@ -590,10 +567,8 @@ class PackedCache(LayerCache):
                 setattr(self, name, [counts[i] for i in picked])
 
     def bytes(self) -> int:
-        """Bytes of codes, scales, zeros and residual, unused capacity and what a provisional block holds included."""
-        undo = self._undo
-        more = () if undo is None else (undo.key_tail, undo.value_tail, undo.k, undo.v, undo.position)
-        held = [x for _, x in self._held()] + [x for x in more if x is not None]
+        """Bytes of codes, scales, zeros and residual, unused capacity and what recording holds included."""
+        held = (*(x for _, x in self._held()), *self._recorded())
         return sum(x.numel() * x.element_size() for x in held)
 
     def kept(self) -> int:
@@ -639,18 +614,6 @@ class PackedCache(LayerCache):
                 setattr(getattr(self, shelf) if shelf else self, part, x.clone())
 
 
-class _Undo:
-    """What is needed to take back part of a provisional block: residual and counts before it, and the block."""
-
-    def __init__(
-        self, key_tail: Tensor, value_tail: Tensor, counts: tuple[list[int], list[int], list[int], int]
-    ) -> None:
-        self.key_tail, self.value_tail, self.counts = key_tail, value_tail, counts
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
-        self.position: Tensor | None = None
-
-
 def _of(shelf: _Shelf) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return shelf.codes, shelf.scale, shelf.zero
 
@@ -676,10 +639,3 @@ def _ring(tail: Tensor, start: int, stop: int, size: int, rows: slice | Tensor =
     """The tokens start .. stop ``[B', G, stop - start, .]`` of a ring ``[B, G, size, .]``, in order."""
     parts = [tail[rows, :, slot] for slot, _ in _arcs(start, stop, size)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2) if parts else tail[rows, :, :0]
-
-
-def _cut(step: Step, base: int, start: int, stop: int) -> Step:
-    """The part of a step that concerns its tokens start .. stop; `base` columns precede the step's first token."""
-    padding = None if step.padding is None else step.padding[:, : base + stop]
-    mask = None if step.mask is None else step.mask[..., start:stop, : base + stop]
-    return Step(step.position[:, start:stop], step.scale, padding, mask, step.compute, step.causal)
