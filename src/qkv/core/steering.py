@@ -13,10 +13,14 @@ from qkv.core.spec import Method, Spec
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringSpec(Spec):
-    """Facts about a steering method. neutral: parameters at which it is, bit for bit, the base model."""
+    """Facts about a steering method.
+
+    neutral: parameters at which it is, bit for bit, the base model. normalised: the rows of its attention maps still sum to 1.
+    """
 
     kind: ClassVar[str] = "steering"
     neutral: dict[str, object] | None = None
+    normalised: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,10 @@ class Steering(Method):
     @abstractmethod
     def wrap(self, site: Site, compute: Compute) -> Compute:
         """`compute` with the edit applied; see `qkv.core.cache.Compute` for the call."""
+
+    def heads_at(self, site: Site) -> tuple[int, ...]:
+        """The query heads it may change at this site; all others stay as they are, bit for bit. Default: all."""
+        return tuple(range(site.heads))
 
     def fits(self, site: Site) -> str | None:
         """None, or why this site cannot be steered."""
