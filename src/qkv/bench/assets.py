@@ -147,9 +147,10 @@ def _load(source: str | Path, dtype: torch.dtype, device: Any, what: str) -> tup
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
+        model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise AssetError(f"cannot load {what}: {_first_lines(e)}. Without a network, a local folder or smollm2 works") from e
@@ -208,7 +209,7 @@ def _convert(source: Path, name: str, out: Path) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     )
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
     # The weights are plain again, but still marked as quantised, and a model so marked cannot be saved.
     model.hf_quantizer = None
     model.is_quantized = False
