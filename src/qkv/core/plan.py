@@ -98,9 +98,7 @@ class BlockPlan:
     def from_mask(cls, mask: Tensor, block: int | tuple[int, int] = 128) -> BlockPlan:
         """The plan of a bool mask ``[B|1, H|1, N, M]``, True = may attend, kept as the residual test."""
         if mask.dtype != torch.bool or mask.ndim != 4:
-            raise InvalidInput(
-                f"plan: a mask must be bool [B|1, H|1, N, M]; got {mask.dtype} {tuple(mask.shape)}"
-            )
+            raise InvalidInput(f"plan: a mask must be bool [B|1, H|1, N, M]; got {mask.dtype} {tuple(mask.shape)}")
         bq, bk = (block, block) if isinstance(block, int) else block
         n, m = mask.shape[2:]
         kept = torch.ones(1, 1, -(-n // bq), -(-m // bk), dtype=torch.bool, device=mask.device)
@@ -164,9 +162,7 @@ class BlockPlan:
         counted = torch.zeros((*self.num.shape, kb + 1), dtype=torch.int32, device=self.num.device)
         for name, count, lists in self._both():
             width = lists.shape[3]
-            _need(
-                ((count >= 0) & (count <= width)).all(), f"{name}num must lie in 0 .. {width}, the list width"
-            )
+            _need(((count >= 0) & (count <= width)).all(), f"{name}num must lie in 0 .. {width}, the list width")
             listed = torch.arange(width, device=lists.device) < count.unsqueeze(-1)
             inside = (lists >= 0) & (lists < kb)
             _need((inside | ~listed).all(), f"{name}idx names a block outside 0 .. {kb - 1} (M={self.keys})")
@@ -178,9 +174,7 @@ class BlockPlan:
                 good = torch.equal(x.sort(-1).values, _arange(size, x).expand_as(x))
                 _need(good, f"{name} is no permutation of 0 .. {size - 1}")
         leak = _dense(self.full_num, self.full_idx, kb) & ~self._verdict()[1]
-        why = (
-            "a full block holds an element that the element test forbids, or runs past M: list it as partial"
-        )
+        why = "a full block holds an element that the element test forbids, or runs past M: list it as partial"
         _need(not leak.any(), f"{why}; first at {_at(leak)}")
         return self
 
@@ -213,17 +207,21 @@ class BlockPlan:
 
     @property
     def density(self) -> float:
-        """Share of the (causal) area that is computed, in whole blocks, mean over batch and heads.
+        """Share of the (causal) area of real tokens that is computed, in whole blocks, mean over batch and heads.
 
-        1 keeps every block that causality and padding (`tokens` over keys alone) leave.
+        1 keeps every block that causality leaves. Padding is what `tokens` says of keys alone, whatever the query.
         """
-        padding = self.tokens if self.tokens is not None and self.tokens.shape[2] == 1 else None
-        reach = replace(self, window=None, sinks=0, tokens=padding, checked=False)._verdict()[0]
-        rows = _lengths(self.queries, self.block[0], self.num.device)
-        cols = _lengths(self.keys, self.block[1], self.num.device)
-        area = (rows[:, None] * cols).double()
-        total = (area * reach).sum((-2, -1))
-        return float(((area * (self.blocks() & reach)).sum((-2, -1)) / total.clamp(min=1)).mean())
+        real = None
+        if self.tokens is not None and self.tokens.shape[2] == 1:
+            real = self.tokens[:, :, 0].expand(-1, -1, self.keys)  # [B|1, H|1, M]
+        asks = None if real is None or self.queries > self.keys else real[..., self.keys - self.queries :]
+        rows, _, newest = _census(self.perm_q, asks, self.queries, self.block[0], self.num.device)
+        columns, oldest, _ = _census(self.perm_kv, real, self.keys, self.block[1], self.num.device)
+        area = (rows[..., :, None] * columns[..., None, :]).double()
+        if self.causal:
+            area = area * (oldest[..., None, :] <= newest[..., :, None] + (self.keys - self.queries))
+        kept, total = (area * self.blocks()).sum((-2, -1)), area.sum((-2, -1))
+        return float((kept / total.clamp(min=1)).mean())
 
     @property
     def pairs(self) -> float:
@@ -417,6 +415,21 @@ def _extent(perm: Tensor | None, size: int, block: int, device: torch.device) ->
     return tiles.amin(-1), tiles.amax(-1)
 
 
+def _census(
+    perm: Tensor | None, real: Tensor | None, size: int, block: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Real tokens in each block, and their least and greatest position: three ``[B|1, H|1, blocks]``."""
+    place = torch.arange(size, device=device)[None, None] if perm is None else perm.long()
+    real = torch.ones_like(place, dtype=torch.bool) if real is None else real
+    real = real if perm is None else _take(real[:, :, None], perm, 3)[:, :, 0]
+    pad = (0, -size % block)
+    count, low, high = (
+        F.pad(x, pad, value=fill).unflatten(-1, (-1, block))
+        for x, fill in ((real, 0), (torch.where(real, place, size), size), (torch.where(real, place, -size), -size))
+    )
+    return count.sum(-1), low.amin(-1), high.amax(-1)
+
+
 def _blockwise(x: Tensor, block: int, fill: bool = False) -> tuple[Tensor, Tensor]:
     """Any and all of a bool tensor over blocks of its last axis; a short last block is filled with `fill`."""
     x = F.pad(x, (0, -x.shape[-1] % block), value=fill).unflatten(-1, (-1, block))
@@ -432,9 +445,7 @@ def _lists(kept: Tensor) -> tuple[Tensor, Tensor]:
     num = kept.sum(-1, dtype=torch.int32)
     slot = torch.where(kept, kept.cumsum(-1) - 1, kb)
     idx = torch.zeros(*kept.shape[:-1], kb + 1, dtype=torch.int32, device=kept.device)
-    idx.scatter_(
-        -1, slot, torch.arange(kb, dtype=torch.int32, device=kept.device).expand_as(kept).contiguous()
-    )
+    idx.scatter_(-1, slot, torch.arange(kb, dtype=torch.int32, device=kept.device).expand_as(kept).contiguous())
     width = max(1, int(num.max())) if kept.device.type == "cpu" else kb
     return num, idx[..., :width].contiguous()
 

@@ -215,7 +215,7 @@ def calibrate_thresholds(
     L2 error of the head outputs against dense attention. From `method.threshold` (or its highest) each step
     lowers the head that saves most blocks per error added, by powers of `factor`, never below `floor`.
     Greedy, where the paper runs a dynamic programme over steps of the same size. Returns thresholds for
-    ``method.replace(threshold=...)``.
+    ``method.replace(threshold=...)``. Raises `InvalidInput`, `InvalidParameter`.
     """
     if not 0 < factor < 1 or not 0 < floor <= 1 or tolerance < 0:
         raise InvalidParameter(
@@ -233,14 +233,21 @@ def calibrate_thresholds(
         count += 1
     if not count:
         raise InvalidInput("calibrate_thresholds: no samples; pass (q, k, v) tensors of the layer")
-    return _greedy(torch.stack(errors).mean(0), torch.stack(costs).mean(0), levels, tolerance)
+    error, cost = torch.stack(errors).mean(0), torch.stack(costs).mean(0)
+    if float(error[0].mean()) > tolerance:
+        raise InvalidParameter(
+            f"calibrate_thresholds: the error is {float(error[0].mean()):.3g} at threshold {start:g} already; raise "
+            f"tolerance={tolerance} or the method's threshold"
+        )
+    return _greedy(error, cost, levels, tolerance)
 
 
 def _cost(method: Pattern, q: Tensor, k: Tensor, v: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
     """Relative error and kept blocks per head of the plan."""
     plan = method.plan(q, k)
-    error = (execute_plan(q, k, v, plan) - dense).double().norm(dim=(0, 2, 3)) / dense.double().norm(dim=(0, 2, 3))
-    cost = plan.blocks().sum((0, 2, 3)).double()
+    gap = (execute_plan(q, k, v, plan) - dense).square().sum((0, 2, 3), dtype=torch.float64)
+    cost = plan.blocks().sum((0, 2, 3), dtype=torch.float64)
+    error = (gap / dense.square().sum((0, 2, 3), dtype=torch.float64)).sqrt()
     return error.unflatten(0, (len(cost), -1)).mean(1), cost
 
 
