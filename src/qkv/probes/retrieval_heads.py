@@ -215,7 +215,7 @@ class RetrievalHeads(Probe):
         planted=_scene,
         known=_known,
         example=lambda model: {"prompts": _example(model)},
-        trials=({}, {"unique": False, "top_k": 2}),
+        trials=({"new_tokens": 9}, {"new_tokens": 9, "unique": False, "top_k": 2}, {"new_tokens": 9, "by": "kv_head"}),
     )
     unique: bool = param(True, "count each needle position once in a run (False: every hit, as the paper's code)")
     top_k: int = param(1, "how many of a row's largest weights may be the hit", low=1)

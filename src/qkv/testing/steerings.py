@@ -35,19 +35,26 @@ def steered(case: Case) -> list[Site]:
     return sites
 
 
-def call(case: Case, site: Site, *, padded: bool, salt: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """Arguments of one attention: a few keys draw attention from everywhere, so that maps have sinks."""
-    rng = case.draw(salt)
+def call(case: Case, site: Site, pad: str = "", *, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Arguments of one attention: a few keys draw attention from everywhere, so that maps have sinks.
+
+    pad: ``left`` or ``right`` pads row 1 by `PADS`.
+    """
+    rng = case.draw()
     q = rng.normal(B, site.heads, N, D) + 1.0
     k = rng.normal(B, site.kv_heads, N, D)
     for row, places in enumerate(((0, 7, 16), (PADS, 11, 12))):
         k[row, :, list(places)] += 1.5
     v = torch.eye(N, dtype=torch.float64, device=case.device).expand(B, site.kv_heads, N, N).clone()
     mask = None
-    if padded:
+    if pad:
         mask = torch.ones(B, 1, 1, N, dtype=torch.bool, device=case.device)
-        mask[1, ..., :PADS] = False
+        mask[1, ..., _padding(pad)] = False
     return {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), "mask": mask, "causal": site.causal, "scale": D**-0.5}
+
+
+def _padding(pad: str) -> slice:
+    return slice(0, PADS) if pad == "left" else slice(N - PADS, N)
 
 
 def attended(case: Case, site: Site, given: dict[str, Any], method: Any = None) -> Tensor:
@@ -67,10 +74,10 @@ def plain(given: dict[str, Any]) -> Tensor:
 def each(case: Case) -> Iterator[tuple[Site, dict[str, Any], Tensor]]:
     """(site, call, real): every steered site with and without padding; real ``[B, 1, N, 1]`` marks real queries."""
     for site in steered(case):
-        for padded in (False, True):
-            given = call(case, site, padded=padded)
+        for pad in ("", "left", "right"):
+            given = call(case, site, pad)
             real = torch.ones(B, 1, N, 1, dtype=torch.bool, device=case.device)
-            if padded:
+            if pad:
                 real = given["mask"].mT
             yield site, given, real
 
@@ -105,7 +112,7 @@ def neutral_is_the_model(case: Case) -> None:
     method = case.method.replace(**case.spec.neutral)
     for site in steered(case):
         for dtype in (torch.float32, torch.bfloat16):
-            given = call(case, site, padded=True, dtype=dtype)
+            given = call(case, site, "left", dtype=dtype)
             same(attended(case, site, given, method), plain(given), f"neutral attention at {site.name} in {dtype}")
     model, (ids, mask) = decoder(case.device, dtype=torch.float32), _prompt(case)
     if not qkv.plan(model, method).ok:
@@ -156,7 +163,7 @@ def untouched_heads_untouched(case: Case) -> None:
         others = [h for h in range(site.heads) if h not in case.method.heads_at(site)]
         if not others:
             continue
-        given = call(case, site, padded=True, dtype=torch.float32)
+        given = call(case, site, "left", dtype=torch.float32)
         same(attended(case, site, given)[:, others], plain(given)[:, others], f"heads {others} at {site.name}")
 
 
@@ -166,16 +173,17 @@ def untouched_heads_untouched(case: Case) -> None:
     "is in no sum.",
 )
 def row_is_edited_as_alone(case: Case) -> None:
-    """Padding left; the batch mate draws other sinks."""
+    """Padding on either side; the batch mate draws other sinks."""
+    whole = slice(0, N)
     for site in steered(case):
-        given = call(case, site, padded=True)
-        both = attended(case, site, given)
-        for row, pads in ((0, 0), (1, PADS)):
-            alone = {x: given[x][row : row + 1, :, pads:] for x in "qk"} | {
-                "v": given["v"][row : row + 1, :, pads:, pads:]
-            }
-            got = attended(case, site, given | alone | {"mask": None})
-            close(both[row : row + 1, :, pads:, pads:], got, atol=EXACT, what=f"row {row} at {site.name}")
+        for pad, kept in (("left", slice(PADS, N)), ("right", slice(0, N - PADS))):
+            given = call(case, site, pad)
+            both = attended(case, site, given)
+            for row, t in ((0, whole), (1, kept)):
+                one = slice(row, row + 1)
+                alone = {x: given[x][one, :, t] for x in "qk"} | {"v": given["v"][one, :, t, t], "mask": None}
+                got = attended(case, site, given | alone)
+                close(both[one, :, t, t], got, atol=EXACT, what=f"row {row}, padded {pad}, at {site.name}")
 
 
 @law(
