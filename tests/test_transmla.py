@@ -581,3 +581,55 @@ def test_moments_leave_padding_out() -> None:
     rows = [{"input_ids": batch["input_ids"][:1, 5:]}, {"input_ids": batch["input_ids"][1:]}]
     alone = record(model, [site], rows, "test", queries=True)[site.name]
     torch.testing.assert_close(padded.kv, alone.kv, rtol=1e-5, atol=1e-6)  # rotary angles are float32
+
+
+# -- on a CUDA device ---------------------------------------------------------------------------------------------
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["greedy", "padded", "beams"])
+def test_a_captured_step_is_the_plain_step(way: str) -> None:
+    model = source(2, scale=0.12).float().cuda()
+    ids = text(2, 23, seed=4)["input_ids"].cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    if way != "padded":
+        ids, mask = ids[1:], mask[1:]
+    more = {"num_beams": 3} if way == "beams" else {}
+    data = [{"input_ids": text()["input_ids"].cuda()}]
+
+    def tokens(graph: bool) -> tuple[torch.Tensor, int]:
+        with qkv.applied(model, TransMLA(kv_rank=14, rope_dim=8, freqfold=1), data=data, graph=graph):
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, pad_token_id=0, **more)
+            return out, model.__dict__["_qkv"].graph.replays if graph else 0
+
+    (plain, _), (captured, replays) = tokens(False), tokens(True)
+    assert torch.equal(plain, captured)
+    assert replays >= 20, f"only {replays} of 39 steps were replayed"
+
+
+@cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "rank", "rope_dim"), [(9, 160, 64), (16, 512, 64), (32, 512, 64), (3, 7, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_reads_latents(heads: int, rank: int, rope_dim: int, dtype: torch.dtype) -> None:
+    from qkv.layers.mla import MLA
+
+    torch.manual_seed(0)
+    layer = MLA(heads=heads, kv_rank=rank, rope_dim=rope_dim, nope_dim=32, value_dim=32, norm=False).build(
+        64, dtype=F64
+    )
+    x = torch.randn(2, 301, 64, dtype=F64)
+    want = layer(x)[:, -1].detach()
+    layer, x = layer.to("cuda", dtype), x.to("cuda", dtype)
+    memory = layer.memory()
+    with torch.no_grad():
+        layer(x[:, :300], None, memory)
+        got = layer(x[:, 300:], None, memory)[:, 0]
+        plain = layer(x)[:, -1]
+    assert memory.kernel
+    lost = (plain.double().cpu() - want).abs().max()
+    assert (got.double().cpu() - want).abs().max() <= 3 * lost + 1e-6

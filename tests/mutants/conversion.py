@@ -45,9 +45,9 @@ def based(make: Callable[[torch.Tensor, int], torch.Tensor]) -> type[TransMLA]:
         g, d = site.kv_heads, site.head_dim
         n = g * d
         t = transmla.components(transmla.rorope(moments.kv[:n, :n], g, d, fold), g, d, fold, self.rope_dim)
-        return TransMLA._parts(self, site, module, moments, scale, fold, make(t, d))
+        return TransMLA.assemble(self, site, module, moments, scale, fold, make(t, d))
 
-    return mutant(TransMLA, _parts=parts)
+    return mutant(TransMLA, assemble=parts)
 
 
 def interleaved(t: torch.Tensor, d: int) -> torch.Tensor:

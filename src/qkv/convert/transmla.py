@@ -152,6 +152,9 @@ def _split(name: str, w: Tensor, bias: bool) -> dict[str, Tensor]:
     return {f"{name}.weight": w[:, :-1], f"{name}.bias": w[:, -1]} if bias else {f"{name}.weight": w}
 
 
+FOLD_TOKENS = 8192  # of the calibration data, on which the candidates for `freqfold` are compared
+
+
 # -- the method -------------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +170,7 @@ def _source(site: Site, module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _new(site: Site, module: nn.Module, shape: MLAShape, tensors: Mapping[str, Tensor]) -> nn.Module:
+def converted_module(site: Site, module: nn.Module, shape: MLAShape, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The converted module around `tensors`; nothing else is allocated."""
     from qkv.hosts.transformers_mla import TransformersMLA
 
@@ -221,7 +224,9 @@ class TransMLA(Conversion):
     rope_dim: int = param(64, "channels that keep RoPE: head_dim / c, or head_dim * m up to all of them", low=2)
     q_rank: int | None = param(None, "width of a latent for queries too; None: queries are projected at once", low=1)
     freqfold: int | Literal["auto"] = param(
-        "auto", "neighbouring frequencies rotated as one; auto: doubled while the perplexity on the data falls", low=1
+        "auto",
+        "neighbouring frequencies rotated as one; auto: doubled while the perplexity on the data (its first 8192 tokens) falls",
+        low=1,
     )
     balance: float | None = param(
         1.0, "factor on rho, which levels keys and values; None: no levelling (rho = 1)", low=1e-6
@@ -275,7 +280,7 @@ class TransMLA(Conversion):
             )
         fold, tried = self._fold(model, sites, given, moments, scales)
         parts = {
-            s.name: self._parts(s, model.get_submodule(s.name), moments[s.name], scales[s.name], fold) for s in sites
+            s.name: self.assemble(s, model.get_submodule(s.name), moments[s.name], scales[s.name], fold) for s in sites
         }
         if self.norm:
             _set_norms(model, sites, given, parts)
@@ -286,14 +291,14 @@ class TransMLA(Conversion):
             made = {k: v.to(like.device, like.dtype).contiguous() for k, v in tensors.items()}
             if any(not bool(torch.isfinite(x).all()) for x in made.values()):
                 raise InvalidInput(f"{self.id}: the converted weights of {s.name} do not fit into {like.dtype}")
-            built[s.name] = _new(s, module, shape, made)
+            built[s.name] = converted_module(s, module, shape, made)
             facts[s.name] = {"shape": shape.to_dict(), "rope_frequencies": _frequencies(s, self.rope_dim), "rho": rho}
         return built, {"freqfold": fold, "tokens": tokens, "perplexity": tried, "sites": facts}
 
-    def _parts(
+    def assemble(
         self, site: Site, module: nn.Module, moments: Moments, scale: float, fold: int, basis: Tensor | None = None
     ) -> tuple[MLAShape, float, dict[str, Tensor]]:
-        """Shape, rho and tensors (float64) of one site. basis: T, or None for RoRoPE's."""
+        """Shape, rho and tensors (float64) of one converted site. basis: T, or None for RoRoPE's."""
         g, d, p = site.kv_heads, site.head_dim, self.rope_dim
         length, rank = g * d, self.rank(site.geometry)
         t = components(rorope(moments.kv[:length, :length], g, d, fold), g, d, fold, p) if basis is None else basis
@@ -320,6 +325,7 @@ class TransMLA(Conversion):
         """The fold, and for ``auto`` the perplexities tried: doubled from the collapse on while it improves."""
         if self.freqfold != "auto":
             return self.freqfold, {}
+        data = _some(data, FOLD_TOKENS)
         wide = max(sites, key=lambda s: s.head_dim)
         folds = [f for f in _folds(wide.head_dim, self.rope_dim) if _doubled(f, wide.head_dim, self.rope_dim)]
         if len(folds) == 1:
@@ -344,12 +350,12 @@ class TransMLA(Conversion):
                 module = before[s.name]
                 whole = self.replace(kv_rank=2 * s.kv_heads * s.head_dim - self.rope_dim, q_rank=None, norm=False)
                 assert isinstance(whole, TransMLA)
-                shape, _, tensors = whole._parts(s, module, moments[s.name], scales[s.name], fold)
+                shape, _, tensors = whole.assemble(s, module, moments[s.name], scales[s.name], fold)
                 like = module.q_proj.weight
                 _put(
                     model,
                     s.name,
-                    _new(s, module, shape, {k: v.to(like.device, like.dtype) for k, v in tensors.items()}),
+                    converted_module(s, module, shape, {k: v.to(like.device, like.dtype) for k, v in tensors.items()}),
                 )
             return perplexity(model, data)
         finally:
@@ -396,7 +402,7 @@ class TransMLA(Conversion):
                 got = f"{mine[name].dtype} {tuple(mine[name].shape)}"
                 raise SavedDataError(f"{self.id}: {site.name}/{name} is {got}, expected floating point {size}")
         like = module.q_proj.weight
-        return _new(site, module, shape, {k: v.to(like.device, like.dtype) for k, v in mine.items()})
+        return converted_module(site, module, shape, {k: v.to(like.device, like.dtype) for k, v in mine.items()})
 
 
 def _rungs(length: int) -> list[int]:
@@ -425,6 +431,18 @@ def _sizes(site: Site, module: nn.Module, shape: MLAShape) -> dict[str, tuple[in
     from qkv.layers.mla import LatentProjections
 
     return {k: tuple(v.shape) for k, v in LatentProjections(shape, device="meta").state_dict().items()}
+
+
+def _some(data: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
+    """The first rows of the data, until they hold `tokens`."""
+    out, left = [], tokens
+    for batch in data:
+        rows = min(batch["input_ids"].shape[0], -(-left // batch["input_ids"].shape[1]))
+        out.append({k: v[:rows] for k, v in batch.items()})
+        left -= rows * batch["input_ids"].shape[1]
+        if left <= 0:
+            break
+    return out
 
 
 def _put(model: Any, name: str, module: nn.Module) -> None:
