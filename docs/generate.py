@@ -42,6 +42,7 @@ PYTHON_USE = {
     "cache": "qkv.apply(model, m)",
     "conversion": "qkv.apply(model, m, data=batches)",
     "steering": "qkv.apply(model, m)",
+    "probe": "result = m.inspect(model, tokenizer)   # a score per head: result.table",
 }
 SHELL_USE = {
     "pattern": "qkv bench smollm2 -m {id}",
