@@ -20,6 +20,7 @@ from qkv.caches._stores.dense import grown, resized
 from qkv.core.attend import causal_mask, sdpa
 from qkv.core.cache import LayerCache, Now, Step
 from qkv.core.errors import StateError
+from qkv.core.kernel import kernel
 
 
 class Up(Protocol):
@@ -128,8 +129,6 @@ class LatentCache(LayerCache):
 
     def _read(self, q: Tensor, length: Tensor, start: Tensor | None, scale: float) -> Tensor:
         """One token over the rows by the decoding kernel, absorbed; the same eagerly and in a captured step."""
-        from qkv.kernels.decode import decode_attention
-
         assert self.rows is not None
         wide, rows = self.up.absorb(q), self.rows
         tile = (
@@ -137,7 +136,7 @@ class LatentCache(LayerCache):
             if rows.shape[3] <= 256
             else {"block": 32, "stages": 2 if rows.shape[3] <= 512 else 1}
         )
-        out, _ = decode_attention(wide, rows, rows[..., : self.rank], length=length, start=start, scale=scale, **tile)
+        out, _ = kernel("decode:decode_attention")(wide, rows, rows[..., : self.rank], length=length, start=start, scale=scale, **tile)
         return self.up.lift(out)
 
     def reserve(self, tokens: int) -> None:
