@@ -48,6 +48,7 @@ class StreamingLLM(Policy):
         honest="whatever left the window is gone: a needle outside it is not found",
         limits=(Limit("full", {"window": 1 << 20}, "sinks + window >= length: exact attention"),),
         by_position=True,
+        trials=({}, {"positions": "original"}),
         small={"sinks": 2, "window": 7},
     )
     sinks: int = param(4, "first tokens kept for ever", low=0)

@@ -1,0 +1,323 @@
+"""Broken caches, each by a mistake that people make; every law of the kind must catch its own."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkv.caches._stores.packed import PackedCache
+from qkv.caches._stores.ranked import RankedCache
+from qkv.caches.h2o import H2O
+from qkv.caches.kivi import KIVI
+from qkv.caches.streamingllm import StreamingLLM
+from qkv.caches.window import Window
+from qkv.core.cache import Geometry, LayerCache, Step
+from qkv.core.spec import Limit
+from qkv.testing import mutant
+
+
+def ranked(method: type, memory: type[RankedCache], **more: Any) -> Any:
+    """A policy over a broken store."""
+    return mutant(method, layer=lambda self, geometry: memory(self, geometry), **more)
+
+
+def packed(memory: type[PackedCache]) -> Any:
+    """KIVI over a broken store."""
+
+    def layer(self: KIVI, geometry: Geometry) -> LayerCache:
+        return memory(geometry, k_bits=self.bits, v_bits=self.bits, group=self.group, residual=self.residual)
+
+    return mutant(KIVI, layer=layer)
+
+
+class OneTooMany(RankedCache):
+    """The budget plus one."""
+
+    def _budget(self, step: Step, n: int) -> None:
+        super()._budget(step, n)
+        self.most, self.least = self.most + 1, self.least + 1
+        self.keep = self.keep + 1
+
+
+class HoardsByBlock(RankedCache):
+    """Later blocks are stored on top of the budget."""
+
+    def _budget(self, step: Step, n: int) -> None:
+        super()._budget(step, n)
+        if self.seen:
+            self.most, self.least = self.most + n, self.least + n
+            self.keep = self.keep + n
+
+
+class ForgetsNewest(RankedCache):
+    """The newest token is ranked like any other."""
+
+    def _worth(self, view: Any, state: Tensor | None) -> Tensor:
+        return (-view.position.float()).masked_fill(view.position < 0, -torch.inf)
+
+
+class StoresPadding(RankedCache):
+    """Columns are taken for tokens."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        b, n = step.position.shape
+        columns = torch.arange(self.seen, self.seen + n, device=q.device).expand(b, n)
+        return super().attend(q, k, v, replace_step(step, position=columns, padding=None))
+
+
+class CountsColumns(RankedCache):
+    """Padding is masked, but a position is a column: sinks are looked for in the padding."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        b, n = step.position.shape
+        columns = torch.arange(self.seen, self.seen + n, device=q.device).expand(b, n)
+        return super().attend(q, k, v, replace_step(step, position=columns.masked_fill(step.position < 0, -1)))
+
+
+class PaddingVotes(RankedCache):
+    """Queries in the padding add to the scores."""
+
+    def _run(self, *args: Any) -> Any:
+        return super()._run(*args[:-1], None)
+
+
+class StaleValues(RankedCache):
+    """A freed slot gets its new key, and keeps its old value."""
+
+    def _place(self, k: Tensor, v: Tensor, position: Tensor) -> None:
+        if self.slot is not None:
+            v = self.values.gather(2, self.slot.unsqueeze(-1).expand(-1, -1, -1, v.shape[3]))
+        super()._place(k, v, position)
+
+
+class NewestTwice(RankedCache):
+    """A step attends to its own token twice."""
+
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, step: Step) -> Any:
+        at = self.position[:, :, : self.filled].argmax(-1, keepdim=True).unsqueeze(-1)
+        k, v = (torch.cat((x, x.gather(2, at.expand(-1, -1, -1, x.shape[3]))), 2) for x in (k, v))
+        if position is not None:
+            position = torch.cat((position, at[..., 0].new_zeros(*at.shape[:3]).to(position.dtype)), 2)
+        return super()._read(q, k, v, position, step)
+
+
+class OnlyCounts(RankedCache):
+    """`crop` lowers the count and leaves the rest."""
+
+    def crop(self, tokens: int) -> None:
+        self._forget_runs()
+        self.seen -= tokens
+
+
+class LeavesScores(RankedCache):
+    """Beams reorder keys and values, not the scores of the policy."""
+
+    def select(self, rows: Tensor) -> None:
+        state = self.state
+        super().select(rows)
+        if state is not None:
+            self.state = state[torch.arange(rows.shape[0]) % state.shape[0]]
+
+
+class FirstRowsBeams(RankedCache):
+    """Beams of every row are taken from the first row's."""
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows % 3 if rows.shape[0] > 3 else rows)
+
+
+class SavesReferences(RankedCache):
+    """What was saved changes with the memory."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        live = {n: x for n in super().tensors() if isinstance(x := getattr(self, n, None), Tensor)}
+        return super().tensors() | live
+
+
+class SavesNoScores(RankedCache):
+    """The policy's state is not saved."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {n: torch.zeros_like(x) if n == "state" else x for n, x in super().tensors().items()}
+
+
+class SharesItsTensors(RankedCache):
+    """A deep copy that is none."""
+
+    def __deepcopy__(self, memo: Any) -> RankedCache:
+        return copy.copy(self)
+
+
+class RemembersCount(RankedCache):
+    """`reset` keeps the count."""
+
+    def reset(self) -> None:
+        seen = self.__dict__.get("seen", 0)
+        super().reset()
+        self.seen = seen
+
+
+class ClaimsUsed(RankedCache):
+    """Spare capacity is not counted."""
+
+    def bytes(self) -> int:
+        if self.keys is None or self.values is None:
+            return 0
+        used = (self.keys[:, :, : self.kept()], self.values[:, :, : self.kept()])
+        return sum(x.numel() * x.element_size() for x in used)
+
+
+class StartsAnew(RankedCache):
+    """A new turn forgets the old one."""
+
+    def announce(self, prompt: int) -> None:
+        super().announce(prompt)
+        if self.seen:
+            seen = self.seen
+            self.reset()
+            self.seen = seen
+
+
+class CountsStored(RankedCache):
+    """Says how many tokens are stored where it is asked how many it has seen."""
+
+    @property
+    def seen(self) -> int:
+        return min(self._seen, self.most) if self.most else self._seen
+
+    @seen.setter
+    def seen(self, value: int) -> None:
+        self._seen = value
+
+
+class TurnsTheModel(RankedCache):
+    """Edits the frequencies that it was lent."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        self.geometry.rope.frequencies.mul_(1.001)
+        return super().attend(q, k, v, step)
+
+
+class TakesAnything(RankedCache):
+    """Bidirectional calls and custom masks are run as if they were causal."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        return super().attend(q, k, v, replace_step(step, mask=None, causal=True))
+
+
+class DropsTheLast(PackedCache):
+    """The last token of a block is lost."""
+
+    def _store(self, k: Tensor, v: Tensor, position: Tensor, padded: bool) -> None:
+        if k.shape[2] == 1:
+            return super()._store(k, v, position, padded)
+        super()._store(k[:, :, :-1], v[:, :, :-1], position[:, :-1], padded)
+        self._columns(1, None)
+
+
+class ForgetsZeros(PackedCache):
+    """Keys are read without their offsets."""
+
+    def _shelve_keys(self, rows: Tensor | None, k: Tensor, at: int) -> None:
+        super()._shelve_keys(rows, k, at)
+        self.keys.zero.zero_()
+
+
+class QuantisesAgain(PackedCache):
+    """Every token is quantised once more when it is stored: more bits do not help."""
+
+    def _store(self, k: Tensor, v: Tensor, position: Tensor, padded: bool) -> None:
+        super()._store((k * 0.9).round(), v, position, padded)
+
+
+class WidensByPadding(PackedCache):
+    """Padding is stored, and its junk widens the range of its group."""
+
+    def _store(self, k: Tensor, v: Tensor, position: Tensor, padded: bool) -> None:
+        real = (position >= 0)[:, None, :, None]
+        if k.shape[2] > 1 and not bool(real.all()):
+            k = torch.where(real, k, k[:, :, :1])
+            shift = k[:, :, :1] * (~real).any(2, keepdim=True)
+            k = k + 1e-3 * shift
+        super()._store(k, v, position, padded)
+
+
+class TakesBackCounts(PackedCache):
+    """`crop` lowers the counts; what was quantised meanwhile stays."""
+
+    def crop(self, tokens: int) -> None:
+        self._forget_runs()
+        self.seen -= tokens
+        self.length = [n - tokens for n in self.length]
+
+
+def replace_step(step: Step, **changes: Any) -> Step:
+    return replace(step, **changes)
+
+
+def early_limit(self: Any, tokens: int) -> int:
+    """A budget of everything, up to 30."""
+    return min(30, H2O.slots(self, tokens))
+
+
+def one_off(self: Any, view: Any) -> Tensor | None:
+    shift = H2O.shift(self, view)
+    return None if shift is None else shift + (shift > 0).to(shift.dtype)
+
+
+def sees_the_block(self: Any, query: Tensor, position: Tensor) -> None:
+    """A block sees all that is stored, however far it reaches."""
+
+
+MUTANTS: dict[str, list[tuple[str, Any]]] = {
+    "within_budget": [("one_too_many", ranked(Window, OneTooMany)), ("hoards", ranked(H2O, HoardsByBlock))],
+    "ordered_and_newest_kept": [("forgets_newest", ranked(H2O, ForgetsNewest)), ("drops", packed(DropsTheLast))],
+    "padding_displaces_nothing": [
+        ("stores_padding", ranked(StreamingLLM, StoresPadding)),
+        ("counts_columns", ranked(StreamingLLM, CountsColumns)),
+        ("padding_votes", ranked(H2O, PaddingVotes)),
+    ],
+    "row_reads_as_alone": [
+        ("stores_padding", ranked(Window, StoresPadding)),
+        ("counts_columns", ranked(StreamingLLM, CountsColumns)),
+        ("widens", packed(WidensByPadding)),
+    ],
+    "limit_is_exact": [
+        ("early", mutant(H2O, slots=early_limit)),
+        ("false_claim", mutant(Window, limits=(Limit("full", {"budget": 20}),))),
+    ],
+    "equals_masked_attention": [
+        ("stale_values", ranked(Window, StaleValues)),
+        ("newest_twice", ranked(Window, NewestTwice)),
+        ("one_off", mutant(H2O, shift=one_off)),
+    ],
+    "chunks_are_exact": [
+        ("sees_the_block", mutant(Window, visible=sees_the_block)),
+        ("false_claim", mutant(H2O, exact_chunks=True)),
+    ],
+    "loses_nothing": [("drops", packed(DropsTheLast)), ("false_claim", mutant(Window, evicts=False))],
+    "eight_bits_are_close": [("no_zeros", packed(ForgetsZeros)), ("again", packed(QuantisesAgain))],
+    "taken_back_exactly": [("only_counts", ranked(Window, OnlyCounts)), ("counts", packed(TakesBackCounts))],
+    "crop_or_refusal": [("only_counts", ranked(Window, OnlyCounts)), ("counts", packed(TakesBackCounts))],
+    "beams_carry_everything": [("leaves_scores", ranked(H2O, LeavesScores))],
+    "saved_is_restored": [("references", ranked(Window, SavesReferences)), ("no_scores", ranked(H2O, SavesNoScores))],
+    "copy_is_independent": [("shares", ranked(Window, SharesItsTensors))],
+    "reset_forgets": [("remembers", ranked(Window, RemembersCount))],
+    "bytes_are_held": [("claims_used", ranked(Window, ClaimsUsed))],
+    "refuses_what_it_cannot_serve": [
+        ("accepts_all", mutant(StreamingLLM, fits=lambda self, geometry: None)),
+        ("takes_anything", ranked(Window, TakesAnything)),
+    ],
+    "greedy_rows_are_alone": [("stores_padding", ranked(H2O, StoresPadding))],
+    "sampled_rows_are_alone": [("counts_columns", ranked(StreamingLLM, CountsColumns))],
+    "beams_are_alone": [("first_rows", ranked(Window, FirstRowsBeams))],
+    "chat_goes_on": [("starts_anew", ranked(Window, StartsAnew)), ("counts_stored", ranked(Window, CountsStored))],
+    "chunked_prefill": [("hoards", ranked(H2O, HoardsByBlock)), ("drops", packed(DropsTheLast))],
+    "speculation_is_greedy": [("only_counts", ranked(Window, OnlyCounts))],
+    "positions_count_the_text": [("counts_stored", ranked(Window, CountsStored))],
+    "revert_restores": [("turns", ranked(StreamingLLM, TurnsTheModel))],
+}
