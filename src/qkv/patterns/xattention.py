@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -227,7 +227,7 @@ def calibrate_thresholds(
     errors, costs, count = [], [], 0
     for q, k, v in samples:
         dense = attend(q, k, v, causal=True).out
-        runs = [_cost(method.replace(threshold=tau), q, k, v, dense) for tau in levels]
+        runs = [_cost(replace(method, threshold=tau), q, k, v, dense) for tau in levels]
         errors.append(torch.stack([e for e, _ in runs]))
         costs.append(torch.stack([c for _, c in runs]))
         count += 1

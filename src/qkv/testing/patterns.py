@@ -176,7 +176,8 @@ def no_query_without_a_key(case: Case) -> None:
 def no_future_leak(case: Case) -> None:
     """The plan, exact zero gradients to the future, and other tokens after each block's end (`granularity`)."""
     step = case.method.granularity
-    for size in ({}, {"n": 13, "m": M}, {"n": step + 3, "m": step + 3}):
+    sizes: list[dict[str, Any]] = [{}, {"n": 13, "m": M}, {"n": step + 3, "m": step + 3}]
+    for size in sizes:
         inputs, other = draw(case, salt=1, **size), draw(case, salt=2, **size)
         n, m = inputs.q.shape[2], inputs.k.shape[2]
         ahead = plan_mask(case, inputs) & ~causal_mask(n, m, inputs.q.device)
@@ -350,7 +351,8 @@ def other_masks(case: Case) -> None:
      "times as many; 0 for a static pattern. Selection that is left out of the books breaks it.")  # fmt: skip
 def selection_is_counted(case: Case) -> None:
     """Counted by torch's FlopCounterMode while `plan` runs."""
-    for size in ({}, {"n": 16, "m": 40, "r": 2}, {"pad": "left", "b": 3}):
+    sizes: list[dict[str, Any]] = [{}, {"n": 16, "m": 40, "r": 2}, {"pad": "left", "b": 3}]
+    for size in sizes:
         inputs = draw(case, **size)
         with FlopCounterMode(display=False) as counter:
             plan = case.method.plan(inputs.q, inputs.k, causal=True, padding=inputs.padding)
