@@ -13,14 +13,17 @@ def listed(method: Any) -> None:
     object.__setattr__(method, "heads", HeadSet.of(method.heads).names())
 
 
-def missing(heads: HeadSet, site: Site) -> str | None:
-    """None, or why these heads do not exist in the model of this site, or not at this site."""
+def nonsense(heads: HeadSet, site: Site) -> str | None:
+    """None, or why these heads mean nothing in the model of this site."""
     if not heads:
         return "no head is listed; give heads, for example the `top` of a probe's table"
     beyond = [f"{l}.{h}" for l, h in heads if l >= site.geometry.layers or h >= site.heads]
     if beyond:
         shape = f"{site.geometry.layers} layers of {site.heads} heads"
         return f"there is no head {', '.join(beyond[:3])}{' ...' if len(beyond) > 3 else ''} in {shape}"
-    if site.layer is None or not heads.at(site.layer):
-        return "none of the listed heads is in this layer"
     return None
+
+
+def absent(heads: HeadSet, site: Site) -> str | None:
+    """None, or that no listed head is at this site."""
+    return None if site.layer is not None and heads.at(site.layer) else "none of the listed heads is in this layer"

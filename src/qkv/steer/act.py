@@ -33,7 +33,7 @@ from qkv.core.site import Site
 from qkv.core.spec import Limit, param
 from qkv.core.steering import Steering, SteeringSpec
 from qkv.hosts import applied, sites
-from qkv.steer._heads import listed, missing
+from qkv.steer._heads import absent, listed, nonsense
 
 SAFE = 0.01
 """Where sinks take more than 1 - SAFE of a row, the rest is attended to afresh instead of by subtraction."""
@@ -299,7 +299,8 @@ class AttentionCalibration(Steering):
             return "cross-attention has no square map"
         if site.causal != self.causal:
             return f"it is {'causal' if site.causal else 'bidirectional'}; configure causal={site.causal}"
-        return self.layer_reason(site) or missing(HeadSet.of(self.heads), site)
+        heads = HeadSet.of(self.heads)
+        return nonsense(heads, site) or self.layer_reason(site) or absent(heads, site)
 
     # -- one call -------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from qkv.core.heads import HeadSet
 from qkv.core.site import Site
 from qkv.core.spec import Limit, param
 from qkv.core.steering import Steering, SteeringSpec
-from qkv.steer._heads import listed, missing
+from qkv.steer._heads import absent, listed, nonsense
 
 
 def reference(out: Tensor, heads: Sequence[int]) -> Tensor:
@@ -71,4 +71,5 @@ class HeadAblation(Steering):
         """A layer with a listed head, in the decoder or encoder stack itself."""
         if site.role == "cross":
             return "head numbers mean self-attention heads; cross-attention is left alone"
-        return missing(HeadSet.of(self.heads), site)
+        heads = HeadSet.of(self.heads)
+        return nonsense(heads, site) or absent(heads, site)
