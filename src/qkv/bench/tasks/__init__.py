@@ -1,1 +1,5 @@
-"""See DESIGN: one file here is one method or one shared part; the registry finds methods by file name."""
+"""The tasks of the bench, one file each, found by file name; `task` and `tasks` look them up."""
+
+from qkv.bench.tasks._task import Bench, Outcome, Settings, Task, Trial, task, tasks
+
+__all__ = ["Bench", "Outcome", "Settings", "Task", "Trial", "task", "tasks"]

@@ -1,0 +1,123 @@
+"""`qkv generate`: text from a model under a stack of methods."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qkv.cli._shared import DEVICE, DTYPE, JSON, METHOD, MODEL, SEED, load_model, messages, methods_of, print_json
+
+EXAMPLES = (
+    'qkv generate smollm2 --prompt "The capital of France is"',
+    'qkv generate smollm2 -m kivi:bits=2 --chat --prompt "Why is the sea salty?"',
+    "qkv generate smollm2 -m h2o:budget=256 --prompt-file long.txt --tokens 200",
+)
+
+
+def command(
+    model: Annotated[str, MODEL],
+    method: Annotated[list[str] | None, METHOD] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads it from stdin.", show_default=False),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompt-file", metavar="FILE", help="A UTF-8 file that holds the prompt.", show_default=False),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Most tokens to generate.")] = 100,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
+    temperature: Annotated[float, typer.Option("--temperature", min=1e-3, help="With --sample.")] = 1.0,
+    seed: Annotated[int, SEED] = 0,
+    dtype: Annotated[str | None, DTYPE] = None,
+    device: Annotated[str | None, DEVICE] = None,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """Generate text; several -m are applied together, in order. What the cache held is told on stderr."""
+    chosen = methods_of(method or ["full"])
+    words = _prompt(prompt, prompt_file)
+    network, tokenizer = load_model(model, dtype, device)
+    _run(network, tokenizer, chosen, words, tokens, chat, {"do_sample": sample, "temperature": temperature}, seed, json)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    from qkv.core.errors import InvalidInput
+
+    if (prompt is None) == (file is None):
+        raise InvalidInput(
+            "give the prompt with --prompt TEXT (- for stdin) or with --prompt-file FILE, one of the two"
+        )
+    if file is not None:
+        try:
+            words = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InvalidInput(f"cannot read {file}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"{file} is not UTF-8 text (byte {error.start})") from error
+    else:
+        words = sys.stdin.read() if prompt == "-" else prompt or ""
+    if not words.strip():
+        raise InvalidInput("the prompt is empty; there is nothing to go on from")
+    return words
+
+
+def _run(
+    model: Any,
+    tokenizer: Any,
+    methods: Any,
+    words: str,
+    tokens: int,
+    chat: bool,
+    how: dict[str, Any],
+    seed: int,
+    json: bool,
+) -> None:
+    import torch
+
+    import qkv
+    from qkv.core.errors import InvalidInput
+
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InvalidInput("this model has no chat template; leave --chat out")
+        turn = [{"role": "user", "content": words}]
+        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(words, return_tensors="pt")
+    inputs = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    length = inputs["input_ids"].shape[1]
+    reach = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if reach is not None and length + tokens > reach:
+        raise InvalidInput(
+            f"{length} prompt tokens and {tokens} new ones exceed the {reach} positions this model knows"
+        )
+    how = how if how["do_sample"] else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    torch.manual_seed(seed)
+    streamer = None if json else _streamer(tokenizer)
+    with qkv.applied(model, *methods):  # pyright: ignore[reportGeneralTypeIssues]
+        start = time.perf_counter()
+        with torch.no_grad():
+            out = model.generate(**inputs, max_new_tokens=tokens, streamer=streamer, **how)
+        seconds = time.perf_counter() - start
+        done = qkv.report(model)
+    fresh = out[0, length:]
+    if json:
+        print_json({
+            "prompt_tokens": length, "tokens": fresh.tolist(), "text": tokenizer.decode(fresh, skip_special_tokens=True),
+            "methods": [m.to_dict() for m in methods], "seconds": seconds, "held_bytes": done.bytes,
+            "full_bytes": done.full_bytes,
+        })  # fmt: skip
+        return
+    said = f"{len(fresh)} tokens in {seconds:.1f} s after {length}; {', '.join(map(str, methods))}: {done}"
+    messages().print(said, style="dim", markup=False, soft_wrap=True)
+
+
+def _streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
