@@ -40,7 +40,7 @@ from qkv.core.plan import BlockPlan
 from qkv.core.spec import Limit, param
 from qkv.patterns._common.execute import execute_plan
 
-SCORE_ELEMENTS = 1 << 24  # tile scores held at once
+SCORE_ELEMENTS = 1 << 19  # tile scores held at once; small pieces also skip what lies above the diagonal
 
 
 def reference(
@@ -156,6 +156,7 @@ def block_scores(
     computed.
     """
     (b, h, n, d), (g, m), s, size = q.shape, k.shape[1:3], stride, block_size
+    padded = at is not None
     at = real_tokens(None, b, n, m, q.device) if at is None else at
     nr, kb, per = -(-n // s), -(-m // size), size // s
     qs = F.pad(q, (0, 0, 0, nr * s - n)).reshape(b, h, nr, s, d).flip(3).reshape(b, g, h // g, nr, s * d)
@@ -176,10 +177,11 @@ def block_scores(
         tiles = (part @ ks[:, :, : width * per].mT).to(wide).reshape(b, h, len(r), -1)
         flops += 2.0 * b * h * len(r) * width * per * s * d
         seen = (c < known) & (c <= r + ahead) if causal else (c < known).expand(-1, len(r), -1)
-        tiles = tiles.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
-        tiles = tiles.masked_fill((r >= asked)[:, None], 0.0)  # also where nothing was seen
-        tiles = F.pad(tiles, (0, 0, 0, -len(r) % per)).reshape(b, h, -1, per, width, per)
-        out[:, :, u : u + tiles.shape[2], :width] = tiles.sum((3, 5))
+        tiles = tiles.masked_fill_(~seen[:, None], -torch.inf).softmax(-1)
+        if padded:
+            tiles = tiles.masked_fill_((r >= asked)[:, None], 0.0)  # also where nothing was seen
+        tiles = F.pad(tiles.unflatten(-1, (width, per)).sum(-1), (0, 0, 0, -len(r) % per))  # [B, H, R, width]
+        out[:, :, u : u + blocks, :width] = tiles.unflatten(2, (-1, per)).sum(3)
     return out, flops
 
 
@@ -356,7 +358,7 @@ class XAttention(Pattern):
                 perm_q, perm_kv = (_order(by, t.shape[2]) for by, t in ((at.skip, q), (at.begin, k)))
             scores, flops = block_scores(
                 q, k, scale=d**-0.5 if scale is None else scale, causal=causal, stride=self.stride, block_size=size,
-                norm=self.norm, at=at,
+                norm=self.norm, at=None if padding is None else at,
             )  # fmt: skip
             if self.share_groups:
                 scores = scores.unflatten(1, (g, h // g)).mean(2)
