@@ -11,6 +11,7 @@ Axes: B batch, H query heads, G expanded key/value heads, N queries, S stored ro
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Protocol, final
 
 import torch
@@ -58,13 +59,23 @@ def absorbed(
         mask = past if mask is None else mask & past
     if mask is not None:
         mask = mask.expand(mask.shape[0], h, n, s).reshape(mask.shape[0], 1, h * n, s)
-    out = sdpa(wide.reshape(b, 1, h * n, -1), rows, rows[..., :rank], mask=mask, scale=scale)
+    # Whole rows as values, cut afterwards: torch's fused kernels want one width, and the rows are read once either way.
+    out = sdpa(wide.reshape(b, 1, h * n, -1), rows, rows, mask=mask, scale=scale)[..., :rank]
     return up.lift(out.reshape(b, h, n, rank))
 
 
-def _fits_kernel(q: Tensor, rank: int) -> bool:
-    """Whether the decoding kernel takes these queries: its output tile, all heads by the latent, must fit into registers."""
-    return q.is_cuda and q.dtype != torch.float64 and max(16, q.shape[1]) * rank <= 1 << 14
+@lru_cache
+def _tile(device: torch.device, size: int, heads: int, width: int, rank: int) -> tuple[int, int] | None:
+    """Block and stages of the decoding kernel for rows of `width` elements of `size` bytes, or None where none fits.
+
+    The output tile (all heads by the latent) must fit into registers, queries and rows into shared memory.
+    """
+    rows, wide, out = (max(16, 1 << (x - 1).bit_length()) for x in (heads, width, rank))
+    room = 0.9 * torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    for block, stages in ((64, 3), (64, 2), (32, 2), (32, 1), (16, 1)):
+        if rows * out <= 1 << 14 and size * (stages * block * (wide + out) + rows * wide) <= room:
+            return block, stages
+    return None
 
 
 @final
@@ -84,7 +95,7 @@ class LatentCache(LayerCache):
         self.rows: Tensor | None = None
         self.padding: Tensor | None = None
         self.left_padded = True
-        self.kernel = False
+        self.tile: tuple[int, int] | None = None  # of the decoding kernel, where it runs
         self.rank = self.room = self.seen = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
@@ -100,8 +111,9 @@ class LatentCache(LayerCache):
         rows = self._append(live, k.shape[-1])
         rows = live if first else rows
         self.padding = step.padding
-        self.kernel = _fits_kernel(q, self.rank)
-        if self.kernel and n == 1 and step.compute is None and step.mask is None and self.left_padded:
+        if q.is_cuda and q.dtype != torch.float64:
+            self.tile = _tile(q.device, q.element_size(), q.shape[1], live.shape[-1], self.rank)
+        if self.tile is not None and n == 1 and step.compute is None and step.mask is None and self.left_padded:
             length = torch.full((1,), self.seen, dtype=torch.int32, device=q.device)
             start = None if step.padding is None else (~step.padding).sum(-1, dtype=torch.int32)
             return self._read(q, length, start, step.scale)
@@ -129,14 +141,18 @@ class LatentCache(LayerCache):
 
     def _read(self, q: Tensor, length: Tensor, start: Tensor | None, scale: float) -> Tensor:
         """One token over the rows by the decoding kernel, absorbed; the same eagerly and in a captured step."""
-        assert self.rows is not None
-        wide, rows = self.up.absorb(q), self.rows
-        tile = (
-            {"block": 64, "stages": 3}
-            if rows.shape[3] <= 256
-            else {"block": 32, "stages": 2 if rows.shape[3] <= 512 else 1}
+        assert self.rows is not None and self.tile is not None
+        rows, (block, stages) = self.rows, self.tile
+        out, _ = kernel("decode:decode_attention")(
+            self.up.absorb(q),
+            rows,
+            rows[..., : self.rank],
+            length=length,
+            start=start,
+            scale=scale,
+            block=block,
+            stages=stages,
         )
-        out, _ = kernel("decode:decode_attention")(wide, rows, rows[..., : self.rank], length=length, start=start, scale=scale, **tile)
         return self.up.lift(out)
 
     def reserve(self, tokens: int) -> None:
@@ -145,7 +161,8 @@ class LatentCache(LayerCache):
 
     def static(self) -> bool:
         """Where the decoding kernel runs, with room for the token, and padding (if any) on the left."""
-        return self.kernel and self.rows is not None and self.seen < self.rows.shape[2] and self.left_padded
+        ready = self.tile is not None and self.left_padded
+        return ready and self.rows is not None and self.seen < self.rows.shape[2]
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, now: Now) -> Tensor:
         """See `LayerCache.step`; arguments as in `attend`."""
@@ -225,6 +242,6 @@ class LatentCache(LayerCache):
         twin = LatentCache(self.up, self.full_width)
         memo[id(self)] = twin
         twin.rows = None if self.rows is None else self.rows.clone()
-        twin.padding, twin.left_padded, twin.kernel = self.padding, self.left_padded, self.kernel
+        twin.padding, twin.left_padded, twin.tile = self.padding, self.left_padded, self.tile
         twin.rank, twin.room, twin.seen = self.rank, self.room, self.seen
         return twin
