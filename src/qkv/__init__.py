@@ -26,7 +26,7 @@ _LAZY = {
     "revert": "qkv.hosts",
     "report": "qkv.hosts",
     "save": "qkv.hosts",
-    "load": "qkv.hosts",
+    "load": "qkv.loading",
     "verify": "qkv.testing",
 }
 
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from qkv.core.operator import attention
     from qkv.core.plan import BlockPlan
     from qkv.core.registry import method, methods
-    from qkv.hosts import applied, apply, load, plan, report, revert, save, sites
+    from qkv.hosts import applied, apply, plan, report, revert, save, sites
+    from qkv.loading import load
     from qkv.testing import verify
 
 

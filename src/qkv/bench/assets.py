@@ -100,15 +100,20 @@ def smollm2(
     Raises `AssetError` (cannot be fetched, damaged; the message says what to do), `MissingDependency`, `StorageError`.
     """
     folder = _converted()
-    return _load(folder, _dtype(dtype), device, f"the cached model {folder} (delete it to make it anew)")
+    model, tokenizer = _load(folder, _dtype(dtype), device, f"the cached model {folder} (delete it to make it anew)")
+    model.config._name_or_path = "smollm2"  # how `qkv.load` finds it again, on any machine
+    return model, tokenizer
 
 
 def resolve_model(
-    name: str, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    name: str,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    with_tokenizer: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model `name` and its tokenizer: ``smollm2``, a local folder, or a hub id.
 
-    dtype, device: as `smollm2`. Weights are read from safetensors only; code that comes with a model is never run.
+    dtype, device: as `smollm2`. with_tokenizer: False for a model alone (None comes back). Weights are read from safetensors only; code that comes with a model is never run.
     Raises `InvalidInput` (no such folder, not a model), `AssetError` (cannot be fetched or loaded, weights missing).
     """
     if name == "smollm2":
@@ -121,14 +126,14 @@ def resolve_model(
         if not (path / "config.json").is_file():
             raise InvalidInput(f"{path} has no config.json, so it is not a saved model; give a folder that "
                                "`save_pretrained` wrote, a hub id, or smollm2")  # fmt: skip
-        return _load(path, wanted, device, f"the folder {path}")
+        return _load(path, wanted, device, f"the folder {path}", with_tokenizer)
     if name and path.exists():
         raise InvalidInput(f"{path} is a file; give the folder of a saved model, a hub id, or smollm2")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/\w[\w.-]*)?", name):
         raise InvalidInput(f"there is no folder {name!r}, and it is no hub id either (owner/name); without a network use "
                            "a local folder or smollm2")  # fmt: skip
     hint = "" if "/" in name else near(name, ["smollm2"])
-    return _load(name, wanted, device, f"{name!r} (no such folder here, so taken as a hub id{hint})")
+    return _load(name, wanted, device, f"{name!r} (no such folder here, so taken as a hub id{hint})", with_tokenizer)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
@@ -141,7 +146,9 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return found
 
 
-def _load(source: str | Path, dtype: torch.dtype, device: Any, what: str) -> tuple[Any, Any]:
+def _load(
+    source: str | Path, dtype: torch.dtype, device: Any, what: str, with_tokenizer: bool = True
+) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or hub id; weights that are missing or of another shape are errors."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -151,12 +158,16 @@ def _load(source: str | Path, dtype: torch.dtype, device: Any, what: str) -> tup
             source, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
         model, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source) if with_tokenizer else None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        raise AssetError(f"cannot load {what}: {_first_lines(e)}. Without a network, a local folder or smollm2 works") from e
+        raise AssetError(
+            f"cannot load {what}: {_first_lines(e)}. Without a network, a local folder or smollm2 works"
+        ) from e
     wrong = {k: sorted(map(str, info.get(k) or ())) for k in ("missing_keys", "mismatched_keys", "unexpected_keys")}
     if any(wrong.values()):
-        said = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:3])}{' ...' * (len(v) > 3)}" for k, v in wrong.items() if v)
+        said = "; ".join(
+            f"{k.replace('_', ' ')}: {', '.join(v[:3])}{' ...' * (len(v) > 3)}" for k, v in wrong.items() if v
+        )
         raise AssetError(f"{what} does not hold the weights its config.json describes ({said}); they would have been made "
                          "up at random. A changed model is saved and loaded with qkv.save and qkv.load")  # fmt: skip
     return model.eval().to(device or "cpu"), tokenizer
@@ -207,7 +218,10 @@ def _convert(source: Path, name: str, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     # The file names its pre-tokenizer ("smollm": every digit by itself, then GPT-2's rule); the reader keeps only GPT-2's.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
     # The weights are plain again, but still marked as quantised, and a model so marked cannot be saved.
@@ -254,7 +268,9 @@ def long_text(name_or_path: str | Path | None = None) -> str:
         return _text(name)
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UnknownName(f"there is no text and no file {str(name)!r}{near(str(name), _TEXTS)}; texts: {', '.join(_TEXTS)}")
+        raise UnknownName(
+            f"there is no text and no file {str(name)!r}{near(str(name), _TEXTS)}; texts: {', '.join(_TEXTS)}"
+        )
     try:
         text = _tidy(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as e:

@@ -15,7 +15,7 @@ from qkv.core.errors import InvalidInput
 from qkv.core.site import Site
 from qkv.core.spec import Method
 
-__all__ = ["applied", "apply", "load", "observe", "plan", "report", "revert", "save", "sites"]
+__all__ = ["applied", "apply", "observe", "plan", "report", "revert", "save", "sites"]
 
 
 def _host(model: Any) -> Any:
@@ -89,13 +89,3 @@ def observe(model: Any, callback: Any, where: Any = "all") -> Iterator[Any]:
 def save(model: Any, path: str | Path) -> None:
     """Write the applied stack to a folder: a manifest and the tensors that differ from the base model (atomic)."""
     _host(model).save(model, path)
-
-
-def load(path: str | Path, model: Any = None, **options: Any) -> Any:
-    """A model as `save` left it. model: the base, or None to load it from where the manifest says.
-
-    Raises `SavedDataError` for a damaged, foreign or future folder, or another base model.
-    """
-    from qkv.hosts import stack
-
-    return stack.load(path, model, **options)

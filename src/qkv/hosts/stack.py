@@ -419,14 +419,14 @@ def _sha(path: Path) -> str:
     return h.hexdigest()
 
 
-def load(path: str | Path, model: Any = None, **options: Any) -> Any:
-    """See `qkv.load`."""
+def load(path: str | Path, model: Any, *, resolve: Callable[..., Any], **options: Any) -> Any:
+    """See `qkv.load`. resolve: gives (model, tokenizer) for the name of a base model."""
     manifest, tensors = read_folder(path)
     library = manifest.get("library")
     if library not in ("transformers",):
         raise SavedDataError(f"{path} was saved for the library {library!r}, which this qkv has no host for")
     host = importlib.import_module(f"qkv.hosts.{library}")
-    return host.restore(path, manifest, tensors, model, **options)
+    return host.restore(path, manifest, tensors, model, resolve, **options)
 
 
 def methods_of(manifest: dict[str, Any], path: str | Path) -> list[tuple[Method, Any, dict[str, Any]]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import inspect
 import sys
 import threading
@@ -940,6 +939,7 @@ def restore(
     manifest: dict[str, Any],
     tensors: dict[str, Tensor],
     model: PreTrainedModel | None,
+    resolve: Callable[..., Any],
     **options: Any,
 ) -> PreTrainedModel:
     """See `qkv.load`."""
@@ -951,7 +951,7 @@ def restore(
         name = base.get("name")
         if not isinstance(name, str) or not name:
             raise SavedDataError(f"{path}: the base model had no name or folder; pass it: qkv.load(path, model=base)")
-        model = importlib.import_module("qkv.hosts.assets").resolve_model(name, **options)[0]
+        model = resolve(name, **options)[0]
     elif options:
         raise InvalidInput(f"unexpected arguments {sorted(options)}: the base model was given")
     assert model is not None

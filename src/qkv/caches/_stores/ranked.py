@@ -445,11 +445,13 @@ class RankedCache(Recording):
 
     def static(self) -> bool:
         """True once every slot is in use: from then on a step overwrites in place."""
-        return self._steady_on_device()
+        return self.slot is not None and self.slot.is_cuda and not self.recording
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, now: Now) -> Tensor:
         """See `LayerCache.step`."""
-        return self._steady(q, k, v, now.position, scale)
+        if self._steady_on_device():
+            return self._steady(q, k, v, now.position, scale)
+        return self._one(q, k, v, Step(now.position, scale))  # rows with budgets of their own leave slots empty
 
     def buffers(self) -> tuple[Tensor, ...]:
         """Everything that a step reads or overwrites."""
