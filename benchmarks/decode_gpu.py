@@ -13,9 +13,11 @@ import gc
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qkv
@@ -29,7 +31,12 @@ DEVICE = "cuda"
 def check_kernel() -> list[dict]:
     """Largest relative error of the decode kernel against float64, and its time beside torch's fused kernels."""
     rows = []
-    for b, h, g, m, d in ((1, 32, 8, 131072, 128), (8, 32, 8, 16384, 128), (16, 32, 8, 32768, 128), (1, 9, 3, 8192, 64)):
+    for b, h, g, m, d in (
+        (1, 32, 8, 131072, 128),
+        (8, 32, 8, 16384, 128),
+        (16, 32, 8, 32768, 128),
+        (1, 9, 3, 8192, 64),
+    ):
         q = torch.randn(b, h, 1, d, device=DEVICE, dtype=torch.bfloat16)
         k = torch.randn(b, g, m, d, device=DEVICE, dtype=torch.bfloat16)
         v = torch.randn_like(k)
@@ -38,43 +45,27 @@ def check_kernel() -> list[dict]:
         want = attend(q[:1].double(), k[:1, :, : m - 3].double(), v[:1, :, : m - 3].double())
         error = ((out[:1].double() - want.out).norm() / want.out.norm()).item()
         assert error < 1e-2 and (lse[:1].double() - want.lse).abs().max() < 1e-2, (error, b, m)
-        ours = bench(lambda: decode_attention(q, k, v, length=length, scale=d**-0.5))
+        ours = bench(partial(decode_attention, q, k, v, length=length, scale=d**-0.5))
         packed = q.reshape(b, g, h // g, d)
         peers = {}
         for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
-            from torch.nn.attention import SDPBackend, sdpa_kernel
-
             try:
                 with sdpa_kernel(getattr(SDPBackend, name)):
-                    peers[name] = bench(lambda: torch.nn.functional.scaled_dot_product_attention(packed, k, v))
+                    peers[name] = bench(partial(torch.nn.functional.scaled_dot_product_attention, packed, k, v))
             except RuntimeError as reason:
                 peers[name] = str(reason)[:60]
         moved = 2 * k.numel() * 2
-        rows.append({"shape": [b, h, g, m, d], "relative_error": error, "ms": ours, "TB/s": moved / ours / 1e9, "peers_ms": peers})
+        rows.append(
+            {
+                "shape": [b, h, g, m, d],
+                "relative_error": error,
+                "ms": ours,
+                "TB/s": moved / ours / 1e9,
+                "peers_ms": peers,
+            }
+        )
         print(rows[-1], flush=True)
     return rows
-
-
-def tune() -> None:
-    """Times of the decode kernel over its launch settings (printed; the best are its defaults)."""
-    for b, h, g, m, d in ((1, 32, 8, 131072, 128), (8, 32, 8, 16384, 128), (1, 32, 8, 4096, 128), (1, 9, 3, 8192, 64)):
-        q = torch.randn(b, h, 1, d, device=DEVICE, dtype=torch.bfloat16)
-        k = torch.randn(b, g, m, d, device=DEVICE, dtype=torch.bfloat16)
-        v = torch.randn_like(k)
-        length = torch.tensor([m], device=DEVICE, dtype=torch.int32)
-        found = []
-        for block in (32, 64, 128):
-            for warps in (2, 4, 8):
-                for stages in (2, 3, 4):
-                    for per in (1, 2, 4, 8):
-                        splits = max(1, min(256, -(-132 * per // (b * g))))
-                        settings = dict(block=block, warps=warps, stages=stages, splits=splits)
-                        try:
-                            found.append((bench(lambda: decode_attention(q, k, v, length=length, scale=0.1, **settings), 10), per, settings))
-                        except Exception:  # a setting that does not fit the chip is not a candidate
-                            continue
-        found.sort(key=lambda x: x[0])
-        print("tune", (b, h, g, m, d), *[(round(t, 4), per, tuple(s.values())) for t, per, s in found[:6]], flush=True)
 
 
 def bench(run, repeats: int = 30) -> float:
@@ -118,13 +109,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--new", type=int, default=64)
     a = parser.parse_args()
     torch.manual_seed(0)
     rows: list[dict] = []
-    if a.tune:
-        return tune()
     kernel = check_kernel()
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=a.layers, num_attention_heads=32, num_key_value_heads=8,
@@ -161,14 +149,16 @@ def main() -> None:
         rows.append(result)
         print({k: v for k, v in result.items() if k != "_all"}, flush=True)
 
-    shapes = ((1, 16384),) if a.quick else ((1, 16384), (8, 16384), (8, 32768))
-    methods = ["full", "window:budget=0.25", "streamingllm:window=4092", "h2o:budget=0.25"]
+    shapes = ((1, 16384),) if a.quick else ((1, 8192), (8, 16384))
+    methods = ["full", "window:budget=0.25", "streamingllm:window=4092", "h2o:budget=0.25", "kivi:bits=4"]
     for b, n in shapes:
         row("transformers dynamic", b, n)
         for method in methods:
-            row(f"{method} plain", b, n, method=method)
             row(f"{method} graph", b, n, method=method, graph=True)
-            plain, graph = rows[-2], rows[-1]
+            if b > 1:
+                continue
+            row(f"{method} plain", b, n, method=method)
+            graph, plain = rows[-2], rows[-1]
             if "_all" in plain and "_all" in graph:
                 graph["equal_tokens"] = (plain["_all"] == graph["_all"]).float().mean().item()
                 print("equal to plain:", graph["equal_tokens"], flush=True)
@@ -176,15 +166,26 @@ def main() -> None:
         row("transformers static, auto-compiled", b, n, settings={"cache_implementation": "static"})
     for r in rows:
         r.pop("_all", None)
-    record = {"environment": environment(seed=0), "model": config.to_diff_dict(), "weight_bytes": weights, "kernel": kernel, "rows": rows}
+    record = {
+        "environment": environment(seed=0),
+        "model": config.to_diff_dict(),
+        "weight_bytes": weights,
+        "kernel": kernel,
+        "rows": rows,
+    }
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(record, indent=1, default=str))
-    base = {(r["batch"], r["context"]): r.get("ms_per_token") for r in rows if r["what"].startswith("transformers static")}
-    print(f"\n{'what':38} {'batch':>5} {'context':>7} {'ms/token':>9} {'x static':>9} {'peak GB':>8}")
+    full = {(r["batch"], r["context"]): r.get("ms_per_token") for r in rows if r["what"] == "full graph"}
+    base = {
+        (r["batch"], r["context"]): r.get("ms_per_token") for r in rows if r["what"].startswith("transformers static")
+    }
+    print(f"\n{'what':38} {'batch':>5} {'context':>7} {'ms/token':>9} {'x static':>9} {'x full':>7} {'peak GB':>8}")
     for r in rows:
         if "ms_per_token" in r:
             ratio = (base.get((r["batch"], r["context"])) or float("nan")) / r["ms_per_token"]
-            print(f"{r['what']:38} {r['batch']:5} {r['context']:7} {r['ms_per_token']:9.2f} {ratio:9.2f} {r['peak_gb']:8.1f}")
+            speed = (full.get((r["batch"], r["context"])) or float("nan")) / r["ms_per_token"]
+            what = f"{r['what']:38} {r['batch']:5} {r['context']:7} {r['ms_per_token']:9.2f}"
+            print(f"{what} {ratio:9.2f} {speed:7.2f} {r['peak_gb']:8.1f}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import models
 import pytest
 import torch
 
+import models
 import qkv
 from qkv.core.errors import Refused
 

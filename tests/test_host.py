@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import json
 
-import models
 import pytest
 import torch
 import transformers as hf
 
+import models
 import qkv
 from qkv.core.errors import InvalidInput, NeverFired, NotApplied, Refused, SavedDataError, StateError, UnknownName
 

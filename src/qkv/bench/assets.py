@@ -113,7 +113,8 @@ def resolve_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model `name` and its tokenizer: ``smollm2``, a local folder, or a hub id.
 
-    dtype, device: as `smollm2`. with_tokenizer: False for a model alone (None comes back). Weights are read from safetensors only; code that comes with a model is never run.
+    dtype, device: as `smollm2`. with_tokenizer: False for a model alone (None comes back).
+    Weights are read from safetensors only; code that comes with a model is never run.
     Raises `InvalidInput` (no such folder, not a model), `AssetError` (cannot be fetched or loaded, weights missing).
     """
     if name == "smollm2":
