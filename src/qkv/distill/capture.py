@@ -92,8 +92,9 @@ class Tap:
         self.found: dict[tuple[str, int], dict[str, Tensor]] = {}
         self.armed = False
         self.stack = ExitStack()
-        self.observed = set(needs.attention) | {n for n in needs.projections if _unrotated(model, net, n)}
-        self.hooked = {n: _projections(model, net.site(n)) for n in needs.projections if n not in self.observed}
+        fused = {n for n in needs.projections if _unrotated(model, net, n)}
+        self.observed = fused | set(needs.attention)
+        self.hooked = {n: _projections(model, net.site(n)) for n in needs.projections if n not in fused}
         for n in (x for x in needs.hidden if not 0 <= x <= net.layers):
             raise Refused(f"{net.name} has hidden states 0 to {net.layers}; asked for {n}")
         for n in self.observed:
