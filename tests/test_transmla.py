@@ -301,10 +301,11 @@ def test_auto_doubles_the_fold_while_the_perplexity_falls() -> None:
 
 
 def test_auto_with_one_choice_tries_nothing() -> None:
-    model = source(2)
-    qkv.apply(model, TransMLA(kv_rank=20, rope_dim=2), data=[text()])  # collapse 4: only f = 4 is a multiple
-    notes = model.__dict__["_qkv"].entries[0].notes
-    assert (notes["freqfold"], notes["perplexity"]) == (4, {})
+    for rope_dim, fold in ((2, 4), (16, 1)):  # collapse 4: only f = 4 is a multiple; nothing dropped: f = 1 is exact
+        model = source(2)
+        qkv.apply(model, TransMLA(kv_rank=16, rope_dim=rope_dim), data=[text()])
+        notes = model.__dict__["_qkv"].entries[0].notes
+        assert (notes["freqfold"], notes["perplexity"]) == (fold, {})
 
 
 def test_default_rank_is_the_papers_or_half_of_full() -> None:

@@ -325,6 +325,8 @@ class TransMLA(Conversion):
         """The fold, and for ``auto`` the perplexities tried: doubled from the collapse on while it improves."""
         if self.freqfold != "auto":
             return self.freqfold, {}
+        if all(self.rope_dim == s.kv_heads * s.head_dim for s in sites):
+            return 1, {}  # nothing is dropped, and a fold of 1 is exact
         data = _some(data, FOLD_TOKENS)
         wide = max(sites, key=lambda s: s.head_dim)
         folds = [f for f in _folds(wide.head_dim, self.rope_dim) if _doubled(f, wide.head_dim, self.rope_dim)]
