@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from qkv.caches._stores.latent import LatentCache
 from qkv.core.attend import causal_mask, sdpa
-from qkv.core.cache import Step
+from qkv.core.cache import Step, require
 from qkv.core.errors import InvalidInput
 from qkv.core.layer import Layer, LayerSpec
-from qkv.core.spec import param
+from qkv.core.spec import Limit, param
 
 
 def reference(
@@ -222,6 +222,9 @@ class MLA(Layer):
         paper="arXiv:2405.04434",
         source="code",
         summary="Caches one low-rank latent and one shared rotary key per token instead of keys and values per head.",
+        limits=(
+            Limit("full", {}, "kv_rank = kv_heads * (nope_dim + value_dim): every head has its own keys and values"),
+        ),
         shown="as the layer of `transmla`: a full-rank conversion of SmolLM2 gives the logits of its source",
         honest="decoding does more arithmetic per cached byte; where memory traffic is no bottleneck it gains little",
     )
@@ -238,8 +241,6 @@ class MLA(Layer):
 
     def validate(self) -> None:
         """Even rotary width; query heads divide over up-projected heads."""
-        from qkv.core.cache import require
-
         groups = self.heads if self.kv_heads is None else self.kv_heads
         require(self.rope_dim % 2 == 0, f"mla: rope_dim={self.rope_dim} must be even: rotary channels come in pairs")
         require(self.heads % groups == 0, f"mla: kv_heads={groups} must divide heads={self.heads}")
