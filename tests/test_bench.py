@@ -122,6 +122,10 @@ def test_rows_hold_quality_cost_and_where_they_come_from(go, tmp_path):
 
 def test_full_is_added_once_and_the_order_is_shuffled_by_the_seed(go):
     assert [label(s) for s in job("full", "full", "h2o").methods] == ["full", "h2o"]
+    both = job("kivi:bits=2", "kivi:bits=4", "h2o")
+    assert [both.label(s) for s in both.methods] == ["full", "kivi:bits=2", "kivi:bits=4", "h2o"]
+    one = job("xattention:threshold=[0.5,0.9]+kivi").methods[1]
+    assert stack_of(label(one)) == one and label(one) == "xattention:threshold=[0.5, 0.9]+kivi"
     orders = []
     for seed in (0, 1, 2, 3):
         told = Count()

@@ -15,6 +15,6 @@ METHODS = (
     "kivi:bits=2",
     f"sliding-window:window={TOKENS - 4}",
     "xattention",
-    "transmla:rope_dim=192,kv_rank=192",
-    "transmla:rope_dim=192,kv_rank=128",
+    "transmla:rope_dim=64,kv_rank=256,freqfold=2",
+    "transmla:rope_dim=64,kv_rank=128,freqfold=2",
 )

@@ -91,6 +91,10 @@ class Job:
             model=model, methods=tuple(stacks), contexts=tuple(sorted(set(contexts))), tasks=names, **more
         )  # fmt: skip
 
+    def label(self, stack: Stack) -> str:
+        """The name of a stack in tables and pictures."""
+        return label(stack, self.methods)
+
 
 DEFAULT_TASKS = ("ppl", "kl", "passkey")
 
@@ -107,9 +111,21 @@ def stack_of(methods: str | Method | Sequence[Method]) -> Stack:
     return tuple(methods)
 
 
-def label(stack: Sequence[Method]) -> str:
-    """How a stack is written on the command line."""
-    return "+".join(map(str, stack))
+def label(stack: Sequence[Method], beside: Sequence[Sequence[Method]] = ()) -> str:
+    """How a stack is written on the command line, settings at their defaults left out.
+
+    beside: the other stacks of the job; settings in which two uses of one method differ are always written.
+    """
+    return "+".join(_written(m, [x for s in beside for x in s if x.id == m.id]) for m in stack)
+
+
+def _written(method: Method, alike: Sequence[Method]) -> str:
+    parts = []
+    for p in method.spec.parameters:
+        value = getattr(method, p.name)
+        if value != p.default or any(getattr(x, p.name) != value for x in alike):
+            parts.append(f"{p.name}={json.dumps(plain(value)) if isinstance(value, (tuple, list)) else value}")
+    return method.id + (":" + ",".join(parts) if parts else "")
 
 
 def _check_kind(method: Method) -> None:
@@ -383,7 +399,7 @@ def _identity(job: Job, model: Any, text: str, here: dict[str, Any]) -> dict[str
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "device": device.type,
         },
-        "methods": [{"label": label(s), "stack": [m.to_dict() for m in s]} for s in job.methods],
+        "methods": [{"label": job.label(s), "stack": [m.to_dict() for m in s]} for s in job.methods],
         "contexts": list(job.contexts),
         "tasks": list(job.tasks),
         "settings": asdict(job.settings),
@@ -492,7 +508,7 @@ class _Work:
         stack = group[0].stack
         done: set[str] = set()
         try:
-            self.told.stage(f"{label(stack)}: applying")
+            self.told.stage(f"{self.job.label(stack)}: applying")
             start = time.perf_counter()
             torch.manual_seed(self.job.settings.seed)
             with hosts.applied(self.bench.model, *stack, data=self._calibration(stack), graph=self.job.graph):
@@ -513,7 +529,7 @@ class _Work:
         self._clean()
 
     def _cell(self, cell: _Cell, trial: Trial, setup: float) -> None:
-        self.told.working(f"{label(cell.stack)} · {cell.task.id} · {cell.context}")
+        self.told.working(f"{self.job.label(cell.stack)} · {cell.task.id} · {cell.context}")
         start = time.perf_counter()
         try:
             torch.manual_seed(self.job.settings.seed)
@@ -531,7 +547,7 @@ class _Work:
             "key": cell.key,
             "status": "ok" if error is None else "error",
             "model": self.identity["model"],
-            "method": {"label": label(cell.stack), "stack": [m.to_dict() for m in cell.stack]},
+            "method": {"label": self.job.label(cell.stack), "stack": [m.to_dict() for m in cell.stack]},
             "kind": "+".join(dict.fromkeys(m.spec.kind for m in cell.stack)),
             "task": cell.task.id,
             "context": cell.context,

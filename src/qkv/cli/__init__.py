@@ -55,12 +55,18 @@ def _run(given: list[str], debug: bool) -> int:
     usage = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
     try:
         code = _app.app(given, prog_name="qkv", standalone_mode=False)
+        if code == 130:
+            print("interrupted", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except usage as error:
         return _show_usage(error)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130
+    except SystemExit as error:  # typer leaves like this when the reader of a pipe has gone
+        if isinstance(error.__context__, BrokenPipeError):
+            raise error.__context__ from None
+        raise
     except BrokenPipeError:
         raise
     except errors.QKVError as error:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qkv.cli import bench, convert, generate, inspect, methods, show, verify
+from qkv.cli import bench, convert, distill, generate, inspect, methods, show, verify
 
 HELP = """Published attention systems on the models you already use: shrink the cache, skip keys, convert heads, and measure
 what each choice costs and saves. Start here:
@@ -55,7 +55,8 @@ def _options(
 _options.__doc__ = HELP
 
 COMMANDS = {
-    module.__name__.rpartition(".")[2]: module for module in (methods, show, verify, bench, generate, inspect, convert)
+    module.__name__.rpartition(".")[2]: module
+    for module in (methods, show, verify, bench, generate, inspect, convert, distill)
 }
 
 

@@ -104,7 +104,7 @@ def command(
         results = run.run(job, out, fresh=fresh, retry=retry, listener=told)
     except KeyboardInterrupt:
         told.close()
-        messages().print(f"interrupted; {told.where()}", markup=False, soft_wrap=True)
+        messages().print(told.where(), markup=False, soft_wrap=True)
         return 130
     finally:
         told.close()
