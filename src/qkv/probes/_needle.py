@@ -10,10 +10,7 @@ from typing import Any
 
 from qkv.core.errors import InvalidInput, InvalidParameter, Refused
 
-FILLER = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-    "The river runs to the sea. The hills are old and the road is long. "
-)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +52,17 @@ class Prompt:
             raise InvalidInput("a prompt needs the unigrams of its answer; without them every run would count")
 
 
-PASSKEYS = tuple(
-    Needle(
-        text=f" The pass key is {key}. Remember it. {key} is the pass key.",
-        question="What is the pass key mentioned in the text?",
+def passkey(key: str) -> Needle:
+    """A number to remember, named once, so that there is one place to copy it from."""
+    return Needle(
+        text=f" The pass key is {key}. Remember it.",
+        question="What is the pass key?",
         answer=key,
         lead=" The pass key is",
     )
-    for key in ("48213", "90576", "31742")
-)
+
+
+PASSKEYS = tuple(passkey(key) for key in ("48213", "90576", "31742"))
 
 
 def unigrams(text: str) -> tuple[str, ...]:

@@ -45,7 +45,8 @@ from qkv.probes._needle import (
 
 PAPER_LENGTHS = tuple(round(1000 + i * 4000 / 19) for i in range(20))
 PAPER_DEPTHS = tuple(i / 9 for i in range(10))
-QUICK_LENGTHS, QUICK_DEPTHS = (500, 1000), (0.1, 0.5, 0.9)
+PAPER_TEMPLATE = "\nBased on the content of the book, Question: {question}\nAnswer:"
+QUICK_LENGTHS, QUICK_DEPTHS, QUICK_TEMPLATE = (500, 1000), (0.1, 0.5, 0.9), "\n{question}"
 
 
 def reference(rows: Tensor, ids: Sequence[int], span: tuple[int, int], token: int, *, top_k: int = 1) -> Tensor:
@@ -237,8 +238,8 @@ class RetrievalHeads(Probe):
         50.0, "ROUGE-1 recall in percent that an answer must exceed for its run to count", low=0.0, high=100.0
     )
     template: str = param(
-        "\nBased on the content of the book, Question: {question}\nAnswer:",
-        "what follows the context; {question} is filled in",
+        "",
+        "what follows the context, {question} filled in; '': as in the paper, `inspect`: the question alone",
     )
     chat: bool = param(False, "put the prompt into the tokenizer's chat template, the context in <book> tags")
 
@@ -289,8 +290,12 @@ class RetrievalHeads(Probe):
         return table.by_kv_head() if self.by == "kv_head" else table
 
     def look(self, model: Any, tokenizer: Any, text: str | None, progress: Progress | None) -> HeadTable:
-        """See `Probe.inspect`: pass keys in `text`, or in repeated filler, at a quick grid unless lengths are configured."""
-        quick = self.replace(lengths=self.lengths or QUICK_LENGTHS, depths=self.depths or QUICK_DEPTHS)
+        """See `Probe.inspect`: pass keys in `text`, or in repeated filler, on a small grid unless one is configured."""
+        quick = self.replace(
+            lengths=self.lengths or QUICK_LENGTHS,
+            depths=self.depths or QUICK_DEPTHS,
+            template=self.template or QUICK_TEMPLATE,
+        )
         assert isinstance(quick, RetrievalHeads)
         return quick.run(model, tokenizer, FILLER if text is None else text, progress=progress)
 
@@ -308,7 +313,7 @@ class RetrievalHeads(Probe):
             hay += hay
         for number, needle in enumerate(needles):
             ids, (a, b) = needle_ids(tokenizer, needle)
-            before, after = frame(tokenizer, needle, self.template, self.chat)
+            before, after = frame(tokenizer, needle, self.template or PAPER_TEMPLATE, self.chat)
             for length in lengths:
                 room = length - self.buffer - len(ids)
                 if room < 1:
