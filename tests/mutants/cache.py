@@ -85,6 +85,14 @@ class PaddingVotes(RankedCache):
         return super()._run(*args[:-1], None)
 
 
+class IdleRowsVote(RankedCache):
+    """A row that idles in a step adds to its scores."""
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        self.holes = self.holes or step.padding is not None
+        return super()._one(q, k, v, replace_step(step, padding=None))
+
+
 class StaleValues(RankedCache):
     """A freed slot gets its new key, and keeps its old value."""
 
@@ -280,6 +288,7 @@ MUTANTS: dict[str, list[tuple[str, Any]]] = {
         ("stores_padding", ranked(StreamingLLM, StoresPadding)),
         ("counts_columns", ranked(StreamingLLM, CountsColumns)),
         ("padding_votes", ranked(H2O, PaddingVotes)),
+        ("idle_rows_vote", ranked(H2O, IdleRowsVote)),
     ],
     "row_reads_as_alone": [
         ("stores_padding", ranked(Window, StoresPadding)),

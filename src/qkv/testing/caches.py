@@ -28,8 +28,8 @@ H, G, D = 6, 3, 8
 PROMPT, PADS = 19, 6
 CUTS = (PROMPT, *(1,) * 12, 5, *(1,) * 9)
 TOKENS = sum(CUTS)
-LATER, HOLES = PROMPT + 12, 2
-ALONE = (CUTS, (PROMPT - PADS, *CUTS[1:13], 5 - HOLES, *CUTS[14:]))
+IDLE, LATER, HOLES = 4, PROMPT + 12, 2
+ALONE = (CUTS, (PROMPT - PADS, *CUTS[2:13], 5 - HOLES, *CUTS[14:]))
 EXACT = 1e-9
 
 
@@ -88,13 +88,15 @@ def stream(
 ) -> Stream:
     """Drawn tokens, one row per entry of `pads` (columns of padding on its left), in float64.
 
-    ragged: the later block of `CUTS` is padded too in the last row, as the second turn of a chat may be.
+    ragged: the last row also idles in a step (the call of number `IDLE`) and is padded in the later block of `CUTS`, as the
+    rows of a chat may be.
     """
     draw, b = case.draw(salt), len(pads)
     q, k, v = (draw.normal(b, h, tokens, D, scale=1.5) for h in (H, G, G))
     column = torch.arange(tokens, device=q.device)
     padding = column >= torch.tensor(pads, device=q.device)[:, None]
     if ragged:
+        padding[-1, PROMPT + IDLE - 1] = False
         padding[-1, LATER : LATER + HOLES] = False
     out = Stream(q, k, v, padding if any(pads) else None)
     rope, p = site().rope, out.position[:, None]
@@ -209,19 +211,28 @@ def padding_displaces_nothing(case: Case) -> None:
         drive(batched, tokens, CUTS, lambda *_, batched=batched, mine=mine, row=row: mine.append(places(batched, row)))
         theirs: list[Any] = []
         drive(alone, tokens.alone(row), cuts, lambda *_, alone=alone, theirs=theirs: theirs.append(places(alone, 0)))
+        if row:
+            expect(
+                mine[IDLE] == mine[IDLE - 1], f"idle, row {row} stores {mine[IDLE]}; before it stored {mine[IDLE - 1]}"
+            )
+            del mine[IDLE]
         for call, (a, b) in enumerate(zip(mine, theirs, strict=True)):
             expect(a == b, f"call {call}: row {row} of a padded batch stores {a}; alone it stores {b}")
 
 
 @law("cache", "A row of a padded batch reads what it reads alone, whatever lies in its padding.")
 def row_reads_as_alone(case: Case) -> None:
-    """Prompt, steps, and a later block, padded too; junk of size 50 in the padding."""
+    """Prompt, steps (one of them idle), and a later block, padded too; junk of size 50 in the padding."""
     tokens = stream(case, ragged=True)
     got = drive(small(case).layer(site()), tokens, CUTS)
     for row, cuts in enumerate(ALONE):
         want = drive(small(case).layer(site()), tokens.alone(row), cuts)
         real = tokens.position[row] >= 0
         close(got[row : row + 1][:, :, real], want, atol=EXACT, what=f"row {row} of a padded batch")
+    late = stream(case, 32, pads=(0, 12), salt=2)  # nothing but padding fills the whole memory first
+    got = drive(small(case).layer(site()), late, (1,) * 32)
+    want = drive(small(case).layer(site()), late.alone(1), (1,) * 20)
+    close(got[1:, :, 12:], want, atol=EXACT, what="a row whose padding is fed token by token")
 
 
 def _limits(case: Case) -> bool:

@@ -146,6 +146,8 @@ class RankedCache(Recording):
         holes = self.holes or step.padding is not None
         view = self._view(keys, values, position, q)
         out, mass = self._read(q, self._moved(view), values, position if holes else None, step)
+        if mass is not None and step.padding is not None:
+            mass = mass * (step.position >= 0).unsqueeze(-1)  # padding draws nothing
         view = self._view(keys, values, position, q, mass)
         if self.policy.spec.slot_state:
             assert self.state is not None
@@ -281,7 +283,7 @@ class RankedCache(Recording):
             return rope.rotate(view.keys, shift)
         if movers[1] == 0:
             return view.keys
-        if self.slot is None or self.movers is None:
+        if self.slot is None or self.movers is None or self.holes:  # where there are holes, a mover may be yet to come
             self.movers = movers[0].to(torch.int8).topk(movers[1], dim=-1).indices
         index = self.movers
         moved = rope.rotate(_pick(view.keys, index), shift.gather(2, index))
