@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM
 
 import qkv
+from qkv.bench.assets import resolve_model
 from qkv.core.errors import (
     InvalidInput,
     InvalidParameter,
@@ -140,6 +141,7 @@ def test_a_run_trains_and_writes_what_it_says(tmp_path: Path) -> None:
     manifest = json.loads((done.path / "qkv.json").read_text())
     assert manifest["run"]["objective"]["id"] == "minilm" and manifest["steps"] == 12
     assert manifest["contents"] == _run.contents(done.path) and len(manifest["run"]["teacher"]["fingerprint"]) == 64
+    assert same(weights(resolve_model(str(done.path), with_tokenizer=False)[0]), weights(student))  # the bench takes it
     kept = _run.checkpoints(tmp_path / "run" / "checkpoints")
     assert [p.name for p in kept] == ["checkpoint-9", "checkpoint-12"]
     assert same(weights(AutoModelForCausalLM.from_pretrained(kept[-1])), weights(student))

@@ -121,7 +121,7 @@ def resolve_model(
         return smollm2(dtype, device)
     wanted, path = _dtype(dtype), Path(name).expanduser()
     if name and path.is_dir():
-        if (path / "qkv.json").is_file():
+        if (path / "qkv.json").is_file() and not (path / "config.json").is_file():
             raise InvalidInput(f"{path} was written by qkv.save: it holds what methods changed, not a whole model; load it "
                                "with qkv.load, or give the base model here")  # fmt: skip
         if not (path / "config.json").is_file():
