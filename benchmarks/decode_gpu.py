@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from functools import partial
@@ -21,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qkv
-from qkv.bench.environment import environment
+from qkv.bench.environment import environment, write_json
 from qkv.core.attend import attend
 from qkv.kernels.decode import decode_attention
 
@@ -92,7 +91,7 @@ def decode(model, ids: torch.Tensor, new: int, **more) -> tuple[float, float, to
     torch.cuda.synchronize()
     first = time.perf_counter() - t
     per = []
-    for _ in range(3):
+    for _ in range(2):
         spans = []
         for n in (8, 8 + new):
             torch.cuda.synchronize()
@@ -108,11 +107,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--shapes", nargs="*", default=["1x8192", "8x16384"], help="batch x context")
     parser.add_argument("--new", type=int, default=64)
     a = parser.parse_args()
     torch.manual_seed(0)
     rows: list[dict] = []
+    a.out.parent.mkdir(parents=True, exist_ok=True)
     kernel = check_kernel()
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=a.layers, num_attention_heads=32, num_key_value_heads=8,
@@ -121,6 +121,10 @@ def main() -> None:
     with torch.device(DEVICE):
         model = LlamaForCausalLM(config).bfloat16().eval()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    facts = environment(seed=0) | {"model": config.to_diff_dict(), "weight_bytes": weights, "kernel": kernel}
+
+    def keep() -> None:  # after every row: an interrupted run keeps what it measured
+        write_json(a.out, facts | {"rows": [{k: v for k, v in r.items() if k != "_all"} for r in rows]})
 
     def row(label: str, b: int, n: int, **more) -> None:
         gc.collect()
@@ -147,12 +151,15 @@ def main() -> None:
         except Exception as reason:
             result["error"] = f"{type(reason).__name__}: {str(reason)[:300]}"
         rows.append(result)
+        keep()
         print({k: v for k, v in result.items() if k != "_all"}, flush=True)
 
-    shapes = ((1, 16384),) if a.quick else ((1, 8192), (8, 16384))
-    methods = ["full", "window:budget=0.25", "streamingllm:window=4092", "h2o:budget=0.25", "kivi:bits=4"]
+    methods = ["full", "window:budget=0.25", "kivi:bits=4", "streamingllm:window=4092", "h2o:budget=0.25"]
+    shapes = [tuple(map(int, x.split("x"))) for x in a.shapes]
     for b, n in shapes:
-        row("transformers dynamic", b, n)
+        row("transformers static, auto-compiled", b, n, settings={"cache_implementation": "static"})
+        if b == 1:
+            row("transformers dynamic", b, n)
         for method in methods:
             row(f"{method} graph", b, n, method=method, graph=True)
             if b > 1:
@@ -162,19 +169,7 @@ def main() -> None:
             if "_all" in plain and "_all" in graph:
                 graph["equal_tokens"] = (plain["_all"] == graph["_all"]).float().mean().item()
                 print("equal to plain:", graph["equal_tokens"], flush=True)
-    for b, n in shapes:
-        row("transformers static, auto-compiled", b, n, settings={"cache_implementation": "static"})
-    for r in rows:
-        r.pop("_all", None)
-    record = {
-        "environment": environment(seed=0),
-        "model": config.to_diff_dict(),
-        "weight_bytes": weights,
-        "kernel": kernel,
-        "rows": rows,
-    }
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps(record, indent=1, default=str))
+                keep()
     full = {(r["batch"], r["context"]): r.get("ms_per_token") for r in rows if r["what"] == "full graph"}
     base = {
         (r["batch"], r["context"]): r.get("ms_per_token") for r in rows if r["what"].startswith("transformers static")

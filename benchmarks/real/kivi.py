@@ -54,14 +54,14 @@ class Axes(Steering):
 def main() -> None:
     a = arguments(__doc__)
     model, tokenizer = load(a)
-    prompt, new, windows = (512, 32, 1) if a.quick else (2048, 128, 4)
+    prompt, new, windows = (512, 32, 1) if a.quick else (2048, 128, 3)
     names: dict[str, object] = {
         "kivi 4 bits": "kivi:bits=4",
         "kivi 2 bits": "kivi:bits=2",
         "kivi 8 bits": "kivi:bits=8",
     }
     for bits in (4, 2):
-        for keys, values in (("channel", "token"), ("token", "token"), ("channel", "channel")):
+        for keys, values in (("token", "token"), ("channel", "channel")):
             names[f"control, {bits} bits: keys per {keys}, values per {values}"] = Axes(
                 keys=keys, values=values, bits=bits
             )
