@@ -184,6 +184,88 @@ def converted_module(site: Site, module: nn.Module, shape: MLAShape, tensors: Ma
     return out.train(module.training)
 
 
+def _rungs(length: int) -> list[int]:
+    return sorted({max(1, length * k // 6) for k in range(1, 7)})
+
+
+def _folds(head_dim: int, rope_dim: int) -> list[int]:
+    collapse, pairs = max(1, head_dim // rope_dim), head_dim // 2
+    return [f for f in range(collapse, pairs + 1, collapse) if pairs % f == 0]
+
+
+def _doubled(fold: int, head_dim: int, rope_dim: int) -> bool:
+    times = fold // max(1, head_dim // rope_dim)
+    return times & (times - 1) == 0
+
+
+def _frequencies(site: Site, rope_dim: int) -> list[float]:
+    """The frequencies of the kept channels, ``rope_dim / 2`` numbers."""
+    assert site.geometry.rope is not None
+    mine = site.geometry.rope.frequencies[:: max(1, site.head_dim // rope_dim)]
+    return mine.repeat(max(1, rope_dim // site.head_dim)).tolist()
+
+
+def _sizes(site: Site, module: nn.Module, shape: MLAShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the layer and its shape; allocates nothing."""
+    from qkv.layers.mla import LatentProjections
+
+    return {k: tuple(v.shape) for k, v in LatentProjections(shape, device="meta").state_dict().items()}
+
+
+def _some(data: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
+    """The first rows of the data, until they hold `tokens`."""
+    out, left = [], tokens
+    for batch in data:
+        rows = min(batch["input_ids"].shape[0], -(-left // batch["input_ids"].shape[1]))
+        out.append({k: v[:rows] for k, v in batch.items()})
+        left -= rows * batch["input_ids"].shape[1]
+        if left <= 0:
+            break
+    return out
+
+
+def _put(model: Any, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _set_norms(
+    model: Any, sites: Sequence[Site], data: Sequence[Mapping[str, Tensor]], parts: Mapping[str, Any]
+) -> None:
+    """Constant norm weights: the mean RMS of the source's latents, which leaves them as they are, on average."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    now: dict[str, Tensor] = {}
+    handles = []
+
+    def hook(site: str, shape: MLAShape, tensors: dict[str, Tensor]) -> Any:
+        def run_hook(module: nn.Module, args: Any) -> None:
+            x = args[0][now["real"].to(args[0].device)].to(torch.float64)
+            for norm, source in (("kv_a_layernorm", "kv_a_proj_with_mqa"), ("q_a_layernorm", "q_a_proj")):
+                if f"{norm}.weight" in tensors:
+                    rank = tensors[f"{norm}.weight"].shape[0]
+                    y = x @ tensors[f"{source}.weight"][:rank].T
+                    y = y + tensors[f"{source}.bias"][:rank] if shape.bias else y
+                    total = sums.setdefault((site, norm), [0.0, 0.0])
+                    total[0] += float(y.square().mean(-1).sqrt().sum())
+                    total[1] += y.shape[0]
+
+        return run_hook
+
+    try:
+        for s in sites:
+            shape, _, tensors = parts[s.name]
+            handles.append(model.get_submodule(s.name).k_proj.register_forward_pre_hook(hook(s.name, shape, tensors)))
+        with quiet(model):
+            for batch in data:
+                now["real"] = real_tokens(batch)
+                run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for (site, norm), (total, count) in sums.items():
+        parts[site][2][f"{norm}.weight"].fill_(total / count)
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class TransMLA(Conversion):
@@ -405,85 +487,3 @@ class TransMLA(Conversion):
                 raise SavedDataError(f"{self.id}: {site.name}/{name} is {got}, expected floating point {size}")
         like = module.q_proj.weight
         return converted_module(site, module, shape, {k: v.to(like.device, like.dtype) for k, v in mine.items()})
-
-
-def _rungs(length: int) -> list[int]:
-    return sorted({max(1, length * k // 6) for k in range(1, 7)})
-
-
-def _folds(head_dim: int, rope_dim: int) -> list[int]:
-    collapse, pairs = max(1, head_dim // rope_dim), head_dim // 2
-    return [f for f in range(collapse, pairs + 1, collapse) if pairs % f == 0]
-
-
-def _doubled(fold: int, head_dim: int, rope_dim: int) -> bool:
-    times = fold // max(1, head_dim // rope_dim)
-    return times & (times - 1) == 0
-
-
-def _frequencies(site: Site, rope_dim: int) -> list[float]:
-    """The frequencies of the kept channels, ``rope_dim / 2`` numbers."""
-    assert site.geometry.rope is not None
-    mine = site.geometry.rope.frequencies[:: max(1, site.head_dim // rope_dim)]
-    return mine.repeat(max(1, rope_dim // site.head_dim)).tolist()
-
-
-def _sizes(site: Site, module: nn.Module, shape: MLAShape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the layer and its shape; allocates nothing."""
-    from qkv.layers.mla import LatentProjections
-
-    return {k: tuple(v.shape) for k, v in LatentProjections(shape, device="meta").state_dict().items()}
-
-
-def _some(data: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
-    """The first rows of the data, until they hold `tokens`."""
-    out, left = [], tokens
-    for batch in data:
-        rows = min(batch["input_ids"].shape[0], -(-left // batch["input_ids"].shape[1]))
-        out.append({k: v[:rows] for k, v in batch.items()})
-        left -= rows * batch["input_ids"].shape[1]
-        if left <= 0:
-            break
-    return out
-
-
-def _put(model: Any, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _set_norms(
-    model: Any, sites: Sequence[Site], data: Sequence[Mapping[str, Tensor]], parts: Mapping[str, Any]
-) -> None:
-    """Constant norm weights: the mean RMS of the source's latents, which leaves them as they are, on average."""
-    sums: dict[tuple[str, str], list[float]] = {}
-    now: dict[str, Tensor] = {}
-    handles = []
-
-    def hook(site: str, shape: MLAShape, tensors: dict[str, Tensor]) -> Any:
-        def run_hook(module: nn.Module, args: Any) -> None:
-            x = args[0][now["real"].to(args[0].device)].to(torch.float64)
-            for norm, source in (("kv_a_layernorm", "kv_a_proj_with_mqa"), ("q_a_layernorm", "q_a_proj")):
-                if f"{norm}.weight" in tensors:
-                    rank = tensors[f"{norm}.weight"].shape[0]
-                    y = x @ tensors[f"{source}.weight"][:rank].T
-                    y = y + tensors[f"{source}.bias"][:rank] if shape.bias else y
-                    total = sums.setdefault((site, norm), [0.0, 0.0])
-                    total[0] += float(y.square().mean(-1).sqrt().sum())
-                    total[1] += y.shape[0]
-
-        return run_hook
-
-    try:
-        for s in sites:
-            shape, _, tensors = parts[s.name]
-            handles.append(model.get_submodule(s.name).k_proj.register_forward_pre_hook(hook(s.name, shape, tensors)))
-        with quiet(model):
-            for batch in data:
-                now["real"] = real_tokens(batch)
-                run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for (site, norm), (total, count) in sums.items():
-        parts[site][2][f"{norm}.weight"].fill_(total / count)
