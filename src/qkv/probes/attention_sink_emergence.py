@@ -115,6 +115,15 @@ def cut(ids: Any, mask: Tensor | None, tokens: int, pad: int | None = None, bos:
     return torch.tensor([row[:tokens] for row in rows])
 
 
+def _row(site: Site) -> int:
+    return cast(int, site.layer) if site.layer is not None else site.index
+
+
+def _shape(watched: Sequence[Site]) -> tuple[int, int]:
+    """Layers and most heads of any layer."""
+    return max(_row(s) for s in watched) + 1, max(s.heads for s in watched)
+
+
 def _scene(layer: int, head: int, layers: int, heads: int) -> Scene:
     return _first("all on the first token", 1.0, 1.0, (layer, head), (layers, heads))
 
@@ -351,12 +360,3 @@ class AttentionSinks(Probe):
             head_alpha=HeadTable(at_zero.mean(0), "mean importance of the first token", "head", group, (), notes),
             notes=notes,
         )
-
-
-def _row(site: Site) -> int:
-    return cast(int, site.layer) if site.layer is not None else site.index
-
-
-def _shape(watched: Sequence[Site]) -> tuple[int, int]:
-    """Layers and most heads of any layer."""
-    return max(_row(s) for s in watched) + 1, max(s.heads for s in watched)

@@ -9,7 +9,9 @@ outside K: one pass for the column means, then only the few sink columns.
 
 Axes: B batch, H query heads, G key/value heads, N queries, M keys, W sink columns, D head width, E value width.
 Paper: Yu et al., arXiv:2406.15765 (ICML 2024), with its code. Differences: every sample has its own sinks (the code edits
-sample 0 of a batch); padding is in neither sums nor counts; `decode` and `min_rows` are ours, off by default.
+sample 0 of a batch); padding is in neither sums nor counts; `decode` and `min_rows` are ours, off by default. As in the code
+only square maps are edited: tokens that continue a cache (decoding, later chunks of a prompt) are not, unless decode=True, which
+scores a block of several such tokens as a whole.
 """
 
 from __future__ import annotations
