@@ -27,12 +27,11 @@ from qkv.core.spec import Method, Spec
 class PatternSpec(Spec):
     """Facts about a pattern.
 
-    reference: the definition, dense and slow: ``reference(q, k, *, scale, causal, padding, <parameters>)``
-    -> bool mask ``[B, H, N, M]``. execute: ``execute(q, k, v, plan, *, scale)`` -> out, the fast form.
-    dynamic: the plan depends on q and k, and choosing it costs `BlockPlan.selection_flops`. min_queries:
-    with fewer queries attention runs dense (a selector has little to choose for one query; a static window
-    just applies, with 1). causal: ``only`` or ``both``. masks: ``any`` token mask, or only what ``padding``
-    can say.
+    reference: the definition, dense and slow: ``reference(q, k, *, scale, causal, padding, <parameters>)`` -> bool
+    mask ``[B, H, N, M]``. execute: ``execute(q, k, v, plan, *, scale)`` -> out, the fast form. dynamic: the plan
+    depends on q and k, and choosing it costs `BlockPlan.selection_flops`. min_queries: with fewer queries attention
+    runs dense (see `Pattern.min_queries`; a static window just applies, with 1). causal: ``only`` or ``both``. masks:
+    ``any`` token mask, or only what ``padding`` can say.
     """
 
     kind: ClassVar[str] = "pattern"
@@ -57,6 +56,14 @@ class Pattern(Method):
         Prefill in chunks cut at multiples of it equals prefill in one go. 1 for static patterns.
         """
         return 1
+
+    @property
+    def min_queries(self) -> int:
+        """With fewer queries than this, attention runs dense.
+
+        For a selector this is its own stretch, so that decoding, with or without drafted tokens, is one and the same.
+        """
+        return max(self.spec.min_queries, self.granularity if self.spec.dynamic else 1)
 
     @abstractmethod
     def plan(
@@ -101,7 +108,7 @@ class Pattern(Method):
             k, v = k.masked_fill(hole, 0.0), v.masked_fill(hole, 0.0)
             if causal or q.shape[2] == k.shape[2]:
                 q = q.masked_fill(hole[:, :, -q.shape[2] :], 0.0)
-        if q.shape[2] < self.spec.min_queries:
+        if q.shape[2] < self.min_queries:
             return sdpa(q, k, v, mask=mask, causal=causal, scale=scale)
         if rest is not None and self.spec.masks != "any":
             raise Refused(

@@ -94,6 +94,16 @@ def definition(case: Case, inputs: Inputs) -> Tensor:
     return case.spec.reference(i.q, i.k, scale=scale, causal=i.causal, padding=i.padding, **case.method.settings())
 
 
+def seen(case: Case, inputs: Inputs) -> Tensor:
+    """What the attention may see ``[B, H, N, M]``: the plan, or with fewer than `min_queries` queries all that is real."""
+    (b, h, n), m = inputs.q.shape[:3], inputs.k.shape[2]
+    if n >= case.method.min_queries:
+        return plan_mask(case, inputs)
+    mask = torch.ones(b, h, n, m, dtype=torch.bool, device=inputs.q.device) if inputs.mask is None else inputs.mask
+    mask = mask & causal_mask(n, m, mask.device) if inputs.causal else mask
+    return mask.expand(b, h, n, m)
+
+
 def modes(case: Case) -> list[bool]:
     """The values of `causal` that the pattern knows."""
     return [True] if case.spec.causal == "only" else [True, False]
@@ -135,7 +145,7 @@ def plan_equals_reference(case: Case) -> None:
 def attention_equals_dense(case: Case) -> None:
     """Over `variety`, to 1e-9 in float64."""
     for label, inputs in variety(case):
-        want = attend(inputs.q, inputs.k, inputs.v, mask=plan_mask(case, inputs), scale=inputs.scale).out
+        want = attend(inputs.q, inputs.k, inputs.v, mask=seen(case, inputs), scale=inputs.scale).out
         close(_real_part(run(case, inputs), inputs), _real_part(want, inputs), what=label, **TIGHT)
 
 
@@ -146,7 +156,7 @@ def gradients_equal_dense(case: Case) -> None:
     for label, inputs in variety(case):
         leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
         weight = _real_part(case.draw(5).normal(*inputs.q.shape[:3], E), inputs)
-        mask = plan_mask(case, inputs)
+        mask = seen(case, inputs)
         ours = run(case, replace(inputs, q=leaves[0], k=leaves[1], v=leaves[2]))
         dense = attend(*leaves, mask=mask, scale=inputs.scale).out
         got, want = (
@@ -231,10 +241,10 @@ def chunked_prefill(case: Case) -> None:
         if first % step and step > 1:  # blocks count from the first real token: cut where every row's blocks end
             continue
         whole = run(case, inputs)
-        cuts = range(step, n, step) if step > 1 else (7, n // 2, n - case.spec.min_queries)
+        cuts = range(step, n, step) if step > 1 else (7, n // 2, n - case.method.min_queries)
         for cut in cuts:
             tail = replace(inputs, q=inputs.q[:, :, cut:])
-            if n - cut >= case.spec.min_queries:
+            if n - cut >= case.method.min_queries:
                 real = _real_part(whole[:, :, cut:], tail)
                 close(
                     _real_part(run(case, tail), tail), real, what=f"queries from {cut} of {n}, padding {pad!r}", **TIGHT
@@ -242,15 +252,15 @@ def chunked_prefill(case: Case) -> None:
 
 
 @law("pattern", "Fewer queries than `min_queries` (decoding) run exact dense attention.",
-     applies=lambda case: case.spec.min_queries > 1)  # fmt: skip
+     applies=lambda case: case.method.min_queries > 1)  # fmt: skip
 def few_queries_run_dense(case: Case) -> None:
-    """One query over many keys, with and without padding."""
-    for pad in ("", "left right"):
-        inputs = draw(case, n=1, m=max(M, 3 * case.method.granularity), r=2, pad=pad)
-        want = attend(inputs.q, inputs.k, inputs.v, mask=inputs.mask, causal=True).out
-        close(
-            _real_part(run(case, inputs), inputs), _real_part(want, inputs), what=f"one query, padding {pad!r}", **TIGHT
-        )
+    """One query, and one too few, over many keys, with and without padding."""
+    for n in {1, case.method.min_queries - 1}:
+        for pad in ("", "left right"):
+            inputs = draw(case, n=n, m=n + max(M, 3 * case.method.granularity), r=2, pad=pad)
+            want = attend(inputs.q, inputs.k, inputs.v, mask=inputs.mask, causal=True).out
+            got = run(case, inputs)
+            close(_real_part(got, inputs), _real_part(want, inputs), what=f"{n} queries, padding {pad!r}", **TIGHT)
 
 
 @law("pattern", "Permuting key heads with their query heads, or query heads within a group, permutes the output; a choice "
@@ -280,7 +290,7 @@ def row_alone(case: Case) -> None:
                 for row in range(3):
                     keys = inputs.padding[row]
                     asks = keys[m - n :]
-                    if int(asks.sum()) < case.spec.min_queries or (not causal and n != m):
+                    if int(asks.sum()) < case.method.min_queries or (not causal and n != m):
                         continue
                     alone = Inputs(inputs.q[row : row + 1, :, asks], inputs.k[row : row + 1, :, keys],
                                    inputs.v[row : row + 1, :, keys], causal)  # fmt: skip
@@ -330,8 +340,8 @@ def mask_spelt_out(case: Case) -> None:
 @law("pattern", "Any other token mask is either refused or obeyed on top of the plan; never ignored.")
 def other_masks(case: Case) -> None:
     """A block-diagonal mask (packed sequences), and one that differs between heads."""
-    inputs = draw(case)
-    part = torch.arange(N, device=inputs.q.device) // 11
+    inputs = draw(case, n=max(N, case.method.min_queries))
+    part = torch.arange(inputs.q.shape[2], device=inputs.q.device) // 11
     packed = (part[:, None] == part)[None, None].expand(B, H, -1, -1).clone()
     varied = packed.clone()
     varied[:, 0] = True
