@@ -282,10 +282,25 @@ def test_a_crash_leaves_a_checkpoint_and_cut_off_writes_are_ignored(tmp_path: Pa
         f.write('{"step": 4, "lo')
     student = drop_layers(bert(7), (0, 2))
     run(folder, student=student, gradient_accumulation_steps=2, resume=True)
-    assert same(weights(student), want)
+    assert same(weights(student), want) and not cut.exists()
     third = drop_layers(bert(7), (0, 2))  # finished: loaded, not trained again
     again = run(folder, student=third, data=items(), gradient_accumulation_steps=2, resume=True)
     assert again.steps == 8 and same(weights(third), want) and again.loss == again.records[-1]["loss"]
+
+
+def test_a_terminated_run_leaves_a_checkpoint_and_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    data = Trips(read_while_fingerprinted() + 4, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path / "run", data=data)
+    assert error.value.code == 128 + signal.SIGTERM and _run.checkpoints(tmp_path / "run" / "checkpoints")
+
+    def twice() -> None:
+        interrupt()
+        interrupt()
+
+    with pytest.raises(KeyboardInterrupt, match="at once"):
+        run(tmp_path / "other", data=Trips(read_while_fingerprinted() + 4, twice))
+    assert not _run.checkpoints(tmp_path / "other" / "checkpoints")
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:

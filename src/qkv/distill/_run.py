@@ -154,9 +154,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def rotate(folder: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep` complete checkpoints, and remains of cut-off writes older than the newest."""
+    """Delete all but the newest `keep` complete checkpoints, and what cut-off writes left before the newest."""
     done = checkpoints(folder)
-    for old in done[: -keep if keep else len(done)] if keep else []:
+    newest = int(done[-1].name[11:]) if done else 0
+    found = [p for p in folder.glob("checkpoint-*") if p not in done and p.name[11:].isdigit()]
+    rest = [p for p in found if int(p.name[11:]) < newest]
+    for old in [*rest, *(done[:-keep] if keep else [])]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -170,9 +173,13 @@ class Records:
         """Forget the records after `step`, which a resumed run will write again; a half-written last line goes too."""
         kept = [json.dumps(r) + "\n" for r in self.read() if r["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise StorageError(f"{self.path} could not be written ({error}); free some space and resume") from error
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole record."""
