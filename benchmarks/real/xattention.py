@@ -172,7 +172,10 @@ def main() -> None:
             clock(f"{name}, window {i + 1} of {windows}, perplexity {perplexity(read[name][-1])}", t0)
     found = {name: perplexity(torch.cat(x)) for name, x in read.items()}
     late = {name: perplexity(torch.cat([y[-context // 2 :] for y in x])) for name, x in read.items()}
-    few = {name: methods[name] for name in ("full", "xattention, threshold 0.9", f"window {window} + 4 sinks")}
+    few = {
+        n: methods[n]
+        for n in ("full", "xattention, threshold 0.9", "xattention, threshold 0.95", f"window {window} + 4 sinks")
+    }
     keys = passkey(model, tokenizer, context // 2, few, depths)
     clock("passkey", t0)
     note = f"{windows} x {context} tokens read in one prefill"
