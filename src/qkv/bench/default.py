@@ -5,8 +5,8 @@ The evicting caches get the same number of tokens, a fifth of the longer context
 
 from __future__ import annotations
 
-CONTEXTS = (512, 2048)
-TOKENS = 410
+CONTEXTS = (512, 1536)
+TOKENS = 307
 METHODS = (
     f"window:budget={TOKENS}",
     f"streamingllm:window={TOKENS - 4}",
@@ -15,6 +15,5 @@ METHODS = (
     "kivi:bits=2",
     f"sliding-window:window={TOKENS - 4}",
     "xattention",
-    "transmla:rope_dim=64,kv_rank=256,freqfold=2",
     "transmla:rope_dim=64,kv_rank=128,freqfold=2",
 )

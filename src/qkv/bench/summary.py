@@ -189,17 +189,23 @@ def tables(found: Sequence[Record], width: int = 120) -> list[Table]:
         here = sorted((r for r in found if r.context == context), key=order)
         used = [i for i in range(len(COLUMNS)) if any(not cells(r)[i].startswith("–") for r in here)]
         title = f"{context} tokens of context"
-        if width >= 112:
-            out.append(_table(title, here, used))
+        if width >= 96 + _name_width(here):
+            out.append(_table(title, here, used, _name_width(here)))
         else:
-            out.append(_table(f"{title}: quality", here, [i for i in used if i in QUALITY]))
-            out.append(_table(f"{title}: cost", here, [i for i in used if i in COST]))
+            name = max(20, min(_name_width(here), width - 50))
+            out.append(_table(f"{title}: quality", here, [i for i in used if i in QUALITY], name))
+            out.append(_table(f"{title}: cost", here, [i for i in used if i in COST], name))
     return out
 
 
-def _table(title: str, found: Sequence[Record], columns: Sequence[int]) -> Table:
+def _name_width(found: Sequence[Record]) -> int:
+    """Columns that the longest name needs, within reason."""
+    return min(34, max(len(r.method) + (8 if r.errors else 0) for r in found))
+
+
+def _table(title: str, found: Sequence[Record], columns: Sequence[int], name_width: int) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("method", overflow="fold", min_width=20)
+    table.add_column("method", overflow="fold", min_width=name_width, max_width=name_width)
     for i in columns:
         table.add_column(COLUMNS[i][0], justify="right", no_wrap=True)
     for r in found:

@@ -58,8 +58,6 @@ def _run(given: list[str], debug: bool) -> int:
         if code == 130:
             print("interrupted", file=sys.stderr)
         return code if isinstance(code, int) else 0
-    except usage as error:
-        return _show_usage(error)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130
@@ -75,6 +73,8 @@ def _run(given: list[str], debug: bool) -> int:
         fail(str(error))
         return 2 if isinstance(error, WRONG_INPUT) else 1
     except Exception as error:
+        if isinstance(error, usage):
+            return _show_usage(error)
         if debug:
             raise
         text = " ".join(str(error).split())

@@ -31,9 +31,9 @@ SEED = typer.Option("--seed", help="Of every random draw.", min=0)
 
 
 def screen() -> Console:
-    """For results: stdout, at least 120 columns wide where no terminal says otherwise."""
+    """For results: stdout, 132 columns wide where no terminal says otherwise."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    return console if console.is_terminal else Console(highlight=False, width=132)
 
 
 def messages() -> Console:

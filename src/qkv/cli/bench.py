@@ -44,7 +44,7 @@ def command(
     context: Annotated[
         str | None,
         typer.Option(
-            "--context", "-c", metavar="N,N", help="Prompt lengths in tokens; k = 1024.", show_default="512,2k"
+            "--context", "-c", metavar="N,N", help="Prompt lengths in tokens; k = 1024.", show_default="512,1536"
         ),
     ] = None,
     tasks: Annotated[
@@ -64,7 +64,7 @@ def command(
         ),
     ] = None,
     windows: Annotated[int, typer.Option("--windows", help="ppl, kl: stretches of text per context.")] = 2,
-    tokens: Annotated[int, typer.Option("--tokens", help="ppl, kl: tokens decoded and scored after each.")] = 48,
+    tokens: Annotated[int, typer.Option("--tokens", help="ppl, kl: tokens decoded and scored after each.")] = 24,
     depths: Annotated[
         str, typer.Option("--depths", metavar="D,D", help="passkey: places of the key, 0 to 1.")
     ] = "0.1,0.5,0.9",

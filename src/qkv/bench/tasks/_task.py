@@ -28,7 +28,7 @@ class Settings:
     """
 
     windows: int = 2
-    tokens: int = 48
+    tokens: int = 24
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
     trials: int = 1
     query_aware: bool = False
