@@ -138,3 +138,223 @@ def test_turning_a_few_keys_in_place() -> None:
     want = keys.scatter(2, index[..., None].expand(-1, -1, -1, 10), rope.rotate(anchors, shift))
     turn(keys, anchors, index, rope.frequencies, shift)
     torch.testing.assert_close(keys, want, rtol=0, atol=2e-6)
+
+
+# -- packed codes: rows of different length, everything that was not written poisoned -----------------------------------
+
+
+def _fresh(heads: int, g: int, d: int, e: int, bits: tuple[int, int], group: int, residual: int):
+    from qkv.caches._stores.packed import PackedCache
+    from qkv.core.cache import Geometry
+
+    return PackedCache(Geometry(heads, g, d, e), k_bits=bits[0], v_bits=bits[1], group=group, residual=residual)
+
+
+def _draw(gen: torch.Generator, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Numbers that `dtype` holds exactly, as float32."""
+    return [torch.randn(*s, generator=gen).to(dtype).float() for s in shapes]
+
+
+def _absorb(layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    from qkv.core.cache import Step
+
+    position = torch.arange(layer.seen, layer.seen + q.shape[2], dtype=torch.int32, device=q.device)
+    return layer.attend(q, k, v, Step(position.expand(q.shape[0], -1), q.shape[3] ** -0.5))
+
+
+def _poisoned(rows: list, room: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """The buffers of one-row caches side by side, `room` tokens long; what no row wrote is -1 or NaN."""
+    out = []
+    for name in ("keys", "values"):
+        for part in ("codes", "scale", "zero"):
+            held = [getattr(getattr(row, name), part) for row in rows]
+            like = next(x for x in held if x is not None)
+            per = rows[0].group if name == "keys" else 1
+            full = like.new_full(
+                (len(rows), like.shape[1], room // per, *like.shape[3:]), -1 if part == "codes" else torch.nan
+            )
+            for b, (row, x) in enumerate(zip(rows, held, strict=True)):
+                done = (row.key_done if name == "keys" else row.value_done)[0] // per
+                if done:
+                    full[b, :, :done] = x[0, :, :done]
+            out.append(full)
+    for name, done in (("key_tail", "key_done"), ("value_tail", "value_done")):
+        like = getattr(rows[0], name)
+        full = like.new_full((len(rows), like.shape[1], rows[0].residual, like.shape[3]), torch.nan, dtype=dtype)
+        for b, row in enumerate(rows):
+            for p in range(getattr(row, done)[0], row.length[0]):
+                full[b, :, p % row.residual] = getattr(row, name)[0, :, p % row.residual]
+        out.append(full)
+    return [x.to(DEVICE) for x in out]
+
+
+PACKED = [  # heads, kv heads, key width, value width, bits, group, residual, lengths of the rows
+    (4, 2, 8, 8, (4, 4), 8, 16, (15, 31, 96)),
+    (4, 2, 32, 64, (2, 2), 32, 64, (63, 130)),
+    (4, 4, 16, 32, (8, 2), 16, 32, (97, 160)),
+    (4, 1, 24, 40, (4, 8), 8, 24, (47, 150)),
+    (3, 1, 16, 16, (2, 4), 4, 8, (1, 7, 38)),
+]
+
+
+@direct
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed_words_are_read_and_written_as_the_torch_path_does(case: tuple) -> None:
+    """Attention equals dequantise-then-attend in float64; codes, scales and zeros equal the torch path's, bit for bit."""
+    from qkv.core.attend import attend
+    from qkv.kernels.packed import packed_decode, packed_store
+
+    h, g, d, e, bits, group, residual, lengths = case
+    gen = torch.Generator().manual_seed(sum(lengths))
+    rows = [_fresh(h, g, d, e, bits, group, residual) for _ in lengths]
+    full = max(lengths)
+    for row, n in zip([*rows, _fresh(h, g, d, e, bits, group, residual)], (*lengths, full), strict=True):
+        _absorb(row, *_draw(gen, (1, h, n, d), (1, g, n, d), (1, g, n, e)))
+    buffers = _poisoned(rows, full + 2 * residual)
+    start = torch.tensor([full - n for n in lengths], dtype=torch.int32, device=DEVICE)
+    what = {"k_bits": bits[0], "v_bits": bits[1], "group": group, "residual": residual, "start": start}
+    for i in range(2):
+        q, k, v = _draw(gen, (len(rows), h, 1, d), (len(rows), g, 1, d), (len(rows), g, 1, e))
+        length = torch.tensor([full + i + 1], dtype=torch.int32, device=DEVICE)
+        new = [x.to(DEVICE) for x in (q, k, v)]
+        out, lse = packed_decode(*new, *buffers, length=length, scale=d**-0.5, splits=2 + i, **what)
+        packed_store(*new[1:], *buffers, length=length, **what)
+        for b, row in enumerate(rows):
+            keys, values, _ = row.read()
+            one = slice(b, b + 1)
+            want = attend(
+                q[one].double(),
+                torch.cat((keys, k[one]), 2).double(),
+                torch.cat((values, v[one]), 2).double(),
+                scale=d**-0.5,
+            )
+            torch.testing.assert_close(out[one].cpu().double(), want.out, rtol=0, atol=2e-6)
+            torch.testing.assert_close(lse[one].cpu().double(), want.lse, rtol=0, atol=2e-6)
+            _absorb(row, q[one], k[one], v[one])
+        for x, y in zip(buffers[:6], _poisoned(rows, full + 2 * residual)[:6], strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@direct
+def test_packed_rounding_is_that_of_torch() -> None:
+    """Ties go to even, flat groups get scale 1, and what float16 cannot hold saturates: as in the torch path."""
+    from qkv.kernels.packed import packed_store
+
+    g, d, group, residual = 2, 16, 8, 8
+    gen = torch.Generator().manual_seed(0)
+    row = _fresh(2, g, d, d, (2, 4), group, residual)
+    k = torch.randint(0, 7, (1, g, 2 * residual, d), generator=gen) / 2.0
+    v = torch.randint(0, 31, (1, g, 2 * residual, d), generator=gen) / 2.0
+    k[:, 0, :, 0], k[:, 0, :, 1], k[:, 0, 8:, 2], k[:, 0, :, 3] = 0.1, 3e5, -1e6, 1e-9
+    v[:, 1, 3], v[:, 1, 4, :8], v[:, 1, 5, :8] = 7.25, 1e6, -1e-9
+    _absorb(row, torch.zeros(1, 2, residual, d), k[:, :, :residual], v[:, :, :residual])
+    row.values.reserve(1, row.value_tail, codes=(2,), scale=(2,), zero=(2,))
+    buffers = _poisoned([row], 4 * residual)
+    for i in range(residual, 2 * residual):
+        one = (x[:, :, i : i + 1] for x in (k, v))
+        packed_store(*(x.to(DEVICE) for x in one), *buffers, length=torch.tensor([i + 1], dtype=torch.int32, device=DEVICE),
+                     k_bits=2, v_bits=4, group=group, residual=residual)  # fmt: skip
+        _absorb(row, torch.zeros(1, 2, 1, d), k[:, :, i : i + 1], v[:, :, i : i + 1])
+    for x, y in zip(buffers[:6], _poisoned([row], 4 * residual)[:6], strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@direct
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+def test_static_steps_of_a_packed_cache_are_its_plain_steps(padded: bool) -> None:
+    """Reserved buffers keep their addresses; results are those of growing buffers bit for bit, and the torch path's."""
+    from qkv.core.cache import Now, Step
+    from qkv.core.errors import StateError
+
+    b, h, g, d, n, residual = 2, 3, 1, 16, 21, 8
+    gen = torch.Generator().manual_seed(int(padded))
+    fixed, grown, plain = (_fresh(h, g, d, d, (4, 2), 4, residual) for _ in range(3))
+    fixed.reserve(n + 11)
+    pads = torch.tensor([0, 6 if padded else 0])
+    real = torch.arange(n + 11) >= pads[:, None]
+    prompt = _draw(gen, (b, h, n, d), (b, g, n, d), (b, g, n, d))
+
+    def step(layer, start: int, stop: int) -> Step:
+        position = (torch.arange(start, stop) - pads[:, None]).clamp(min=-1).int()
+        where = DEVICE if layer is not plain else "cpu"
+        return Step(position.to(where), d**-0.5, real[:, :stop].to(where) if padded else None)
+
+    for layer in (fixed, grown, plain):
+        layer.attend(*(x if layer is plain else x.to(DEVICE) for x in prompt), step(layer, 0, n))
+    addresses = [x.data_ptr() for x in fixed.buffers()]
+    assert len(addresses) == 8 and fixed.static() == CUDA
+    for i in range(n, n + 11):
+        new = _draw(gen, (b, h, 1, d), (b, g, 1, d), (b, g, 1, d))
+        if i == n + 4:  # rows change places, and nothing else does
+            rows = torch.tensor([0, 1] if padded else [1, 0])
+            for layer in (fixed, grown, plain):
+                layer.select(rows)
+        if i == n + 5:
+            for layer in (fixed, grown, plain):
+                layer.crop(1)
+                layer.attend(*(x if layer is plain else x.to(DEVICE) for x in new), step(layer, i - 1, i))
+        there = [x.to(DEVICE) for x in new]
+        now = Now(
+            cursor=torch.tensor([i], device=DEVICE),
+            length=torch.tensor([i + 1], dtype=torch.int32, device=DEVICE),
+            position=step(fixed, i, i + 1).position,
+            start=pads.int().to(DEVICE) if padded else None,
+        )
+        a = fixed.step(*there, d**-0.5, now) if fixed._regular else fixed.attend(*there, step(fixed, i, i + 1))
+        b_ = grown._one(*there, d**-0.5) if grown._regular else grown.attend(*there, step(grown, i, i + 1))
+        c = plain.attend(*new, step(plain, i, i + 1))
+        assert torch.equal(a, b_), i
+        torch.testing.assert_close(a.cpu(), c, rtol=0, atol=2e-6)
+    assert addresses == [x.data_ptr() for x in fixed.buffers()]
+    assert not fixed.static(), "no room is left"
+    kept = [[*layer.read()[:2], *layer.tensors().values()] for layer in (fixed, grown, plain)]
+    for x, y, z in zip(*(one[:8] for one in kept), strict=True):  # what is read, and every code, scale and zero
+        assert torch.equal(x, y) and torch.equal(x.cpu(), z)
+    with pytest.raises(StateError, match="attention mask"):
+        fixed.step(*there, d**-0.5, Now(now.cursor, now.length, now.position, None if padded else pads.int()))
+
+
+@direct
+def test_packed_buffers_that_do_not_fit_are_refused() -> None:
+    from qkv.core.errors import InvalidInput
+    from qkv.kernels.packed import packed_decode
+
+    row = _fresh(2, 2, 16, 16, (4, 4), 8, 8)
+    prompt = _draw(torch.Generator().manual_seed(0), (1, 2, 20, 16), (1, 2, 20, 16), (1, 2, 20, 16))
+    _absorb(row, *prompt)
+    buffers = _poisoned([row], 32)
+    new = [x[:, :, :1].to(DEVICE) for x in prompt]
+    good = {"length": torch.tensor([21], dtype=torch.int32, device=DEVICE), "scale": 0.25, "k_bits": 4, "v_bits": 4,
+            "group": 8, "residual": 8}  # fmt: skip
+    packed_decode(*new, *buffers, **good)
+    for bad in ({"k_bits": 3}, {"v_bits": 2}, {"group": 4}, {"residual": 12}):
+        with pytest.raises(InvalidInput, match="packed_decode"):
+            packed_decode(*new, *buffers, **good | bad)
+    with pytest.raises(InvalidInput, match="one token per row"):
+        packed_decode(prompt[0].to(DEVICE), *new[1:], *buffers, **good)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_packed_decode_at_real_widths(bits: int, dtype: torch.dtype) -> None:
+    """Low precision: the error against float64 is at most twice that of plain attention over the dequantised cache."""
+    from qkv.core.attend import attend
+    from qkv.kernels.packed import packed_decode
+
+    h, g, d, n = 8, 2, 128, 5000
+    gen = torch.Generator().manual_seed(bits)
+    row = _fresh(h, g, d, d, (bits, bits), 32, 128)
+    k, v = _draw(gen, (1, g, n, d), (1, g, n, d), dtype=dtype)
+    q, new_k, new_v = _draw(gen, (1, h, 1, d), (1, g, 1, d), (1, g, 1, d), dtype=dtype)
+    _absorb(row, torch.zeros(1, h, n, d), k, v)
+    keys, values, _ = row.read()
+    keys, values = torch.cat((keys, new_k), 2).to(DEVICE), torch.cat((values, new_v), 2).to(DEVICE)
+    q, new_k, new_v = (x.to(DEVICE) for x in (q, new_k, new_v))
+    want = attend(q.double(), keys.double(), values.double()).out
+    rough = torch.nn.functional.scaled_dot_product_attention(*(x.to(dtype) for x in (q, keys, values)), enable_gqa=True)
+    out, _ = packed_decode(
+        *(x.to(dtype) for x in (q, new_k, new_v)), *_poisoned([row], n + 300, dtype), scale=d**-0.5,
+        length=torch.tensor([n + 1], dtype=torch.int32, device=DEVICE), k_bits=bits, v_bits=bits, group=32, residual=128,
+    )  # fmt: skip
+    assert (out.double() - want).norm() <= 2 * (rough.double() - want).norm()

@@ -139,7 +139,7 @@ class Graphs:
         finally:
             self.session.now = None
             for memory, before in zip(memories, counters, strict=True):
-                memory.__dict__.update(before)
+                vars(memory).update(before)
             for state, before in zip(self.session.states.values(), calls, strict=True):
                 state.tally.calls = before
         self.captures += 1

@@ -113,7 +113,7 @@ def _operator_compute(operator: Operator) -> Compute:
             if mask.shape[-2] != 1 or mask.shape[1] != 1:
                 raise Refused(f"{operator.id} takes padding only, not a mask of shape {tuple(mask.shape)}")
             padding = mask[:, 0, 0].expand(q.shape[0], -1)
-        more = {"scale": scale} if operator.spec.scale is not None else {}
+        more: dict[str, Any] = {"scale": scale} if operator.spec.scale is not None else {}
         return operator(q, k, v, causal=causal, padding=padding, **more)
 
     return run

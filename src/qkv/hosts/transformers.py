@@ -55,7 +55,7 @@ def sites(model: PreTrainedModel) -> list[Site]:
 
 
 def _find_sites(model: PreTrainedModel) -> list[Site]:
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     found = []
     for name, module in modules.items():
         kind = _attention_kind(module)
@@ -298,7 +298,7 @@ class Session:
         if getattr(module.config, "is_encoder_decoder", False):
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         else:
-            cache = DynamicCache(config=module.config)
+            cache = DynamicCache(config=cast(Any, module.config))
         self.adopt(cache)
         if positional:
             args = (*args[:at], cache, *args[at + 1 :])  # type: ignore[misc,operator]
@@ -325,7 +325,8 @@ class Session:
             self._announce(cache, prompt)
             return
         compressing = [s for s in served if self.states[s.name].cache is not None or self._own_layer(s) is not None]
-        filled = any(int(layer.get_seq_length()) > 0 for layer in cache.layers if hasattr(layer, "get_seq_length"))
+        held = cast(list[Any], cache.layers)
+        filled = any(int(layer.get_seq_length()) > 0 for layer in held if hasattr(layer, "get_seq_length"))
         if type(cache) is not DynamicCache or filled:
             if not compressing:
                 return

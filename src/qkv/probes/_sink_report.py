@@ -101,14 +101,16 @@ class SinkReport:
         if not isinstance(data, dict) or data.get("type") != "sink_report" or data.get("format") != _FORMAT:
             raise SavedDataError(f"{path} is not a sink report of format {_FORMAT}")
         try:
-            curves = [torch.tensor(data[x], dtype=torch.float64) for x in ("alpha", "rate", "normalised_rate")]
+            alpha, rate, normalised = (
+                torch.tensor(data[x], dtype=torch.float64) for x in ("alpha", "rate", "normalised_rate")
+            )
             extra = data.get("activations")
             if extra is not None:
                 hidden = None if extra["hidden"] is None else torch.tensor(extra["hidden"], dtype=torch.float64)
                 tables = (HeadTable.from_dict(extra[x]) for x in ("value", "key", "first", "other"))
                 extra = MassiveActivations(hidden, *tables)
             return SinkReport(
-                int(data["tokens"]), float(data["threshold"]), int(data["samples"]), *curves, int(data["edge"]),
+                int(data["tokens"]), float(data["threshold"]), int(data["samples"]), alpha, rate, normalised, int(data["edge"]),
                 HeadTable.from_dict(data["head_rate"]), HeadTable.from_dict(data["head_alpha"]), extra, dict(data["notes"]),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:

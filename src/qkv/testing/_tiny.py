@@ -22,7 +22,8 @@ def decoder(device: str = "cpu", seed: int = 0, dtype: torch.dtype = torch.float
     rng = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(device, dtype).eval()
+        model: Any = LlamaForCausalLM(config)
+        return model.to(device, dtype).eval()
     finally:
         torch.random.set_rng_state(rng)
 

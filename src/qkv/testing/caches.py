@@ -572,7 +572,7 @@ def _tiny(device: str) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        model = LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM(config)
     model = model.to(device, torch.float64).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

@@ -36,7 +36,8 @@ def source(kv_heads: int = 2, seed: int = 0, device: str = "cpu", scale: float =
     """A random Llama of 2 layers, 4 query heads of width 8, in float64 throughout."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
+    make: Any = LlamaConfig
+    config = make(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=56, num_hidden_layers=LAYERS, num_attention_heads=4,
         num_key_value_heads=kv_heads, head_dim=8, initializer_range=scale, rope_theta=100.0, attention_bias=kv_heads == 1,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
@@ -44,7 +45,8 @@ def source(kv_heads: int = 2, seed: int = 0, device: str = "cpu", scale: float =
     rng = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).to(torch.float64)
+        model: Any = LlamaForCausalLM(config)
+        model = model.to(torch.float64)
         for name, module in list(model.named_modules()):
             if type(module).__name__ == "LlamaRMSNorm":
                 parent, _, child = name.rpartition(".")

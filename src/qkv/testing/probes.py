@@ -101,7 +101,8 @@ def _measured(case: Case, scene: Scene) -> HeadTable:
     from qkv.testing._planted import scripted
 
     groups = scene.maps.shape[1] // KV_HEADS
-    model = scripted(scene.maps, scene.tokens, kv_heads=KV_HEADS).to(case.device)
+    model: Any = scripted(scene.maps, scene.tokens, kv_heads=KV_HEADS)
+    model = model.to(case.device)
     table = case.method.run(model, **scene.inputs).table
     want = tuple(scene.want.shape)
     if table.unit == "kv_head":

@@ -12,8 +12,10 @@ times. Only the residual and the attention weights ever meet the quantised part 
 are folded into queries and weights, the dequantised cache never exists as a whole (a set `Step.compute`, which wants plain
 tensors, is the exception).
 
-Between two flushes no buffer changes shape or place. Axes: B batch, H query heads, G key/value heads, N new queries, M
-stored tokens, D head width, E value width, R residual.
+On CUDA one token is decoded and stored by the kernels of `qkv.kernels.packed`, which read the packed words. Where `reserve`
+has made room, no buffer changes shape or place any more, and the step can be captured. Elsewhere none does between two flushes.
+
+Axes: B batch, H query heads, G key/value heads, N new queries, M stored tokens, D head width, E value width, R residual.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from qkv.caches._stores.dense import grown, resized
+from qkv.caches._stores.dense import grown, rearranged, resized
 from qkv.caches._stores.recording import Recording, Run
 from qkv.core.attend import CHUNK_ELEMENTS, causal_mask, sdpa
-from qkv.core.cache import Geometry, Step
+from qkv.core.cache import Geometry, Now, Step
 from qkv.core.errors import InvalidInput, InvalidParameter, Refused, StateError
+from qkv.core.kernel import kernel
 
 BITS = (2, 4, 8, 16)
 """Widths of a code; 16 stands for the value itself, unchanged."""
@@ -158,6 +161,16 @@ class _Shelf:
             if x is not None:
                 yield name, x
 
+    def reserve(self, places: int, like: Tensor, **widths: tuple[int, ...]) -> None:
+        """At least `places` in codes (int32), scale and zero (float16); like: ``[B, G, ...]``, widths: the axes behind."""
+        for name, width in widths.items():
+            held = getattr(self, name)
+            if held is None:
+                dtype = torch.int32 if name == "codes" else torch.float16
+                setattr(self, name, like.new_zeros((*like.shape[:2], places, *width), dtype=dtype))
+            elif held.shape[2] < places:
+                setattr(self, name, resized(held, places, held.shape[2]))
+
     def write(self, rows: Tensor | None, batch: int, at: int, slack: int, **parts: Tensor) -> None:
         """Put parts ``[B', G, n, ...]`` at place `at` of the given rows (None: all)."""
         for name, part in parts.items():
@@ -189,10 +202,11 @@ class PackedCache(Recording):
         self.values = _Shelf()  # codes [B, G, C, words], scale and zero [B, G, C, E / group]
         self.key_tail: Tensor | None = None  # [B, G, <= R, D], a token of position p in slot p mod R
         self.value_tail: Tensor | None = None  # [B, G, <= R, E], the same
-        self.real: Tensor | None = None  # [B, >= seen] which columns were tokens; None while none was padding
+        self.real: Tensor | None = None  # [B, columns] which were tokens (those it lacks were); None: no padding
         self.length: list[int] = []  # tokens of each row
         self.key_done: list[int] = []  # of these, keys quantised: a multiple of R
         self.value_done: list[int] = []
+        self.room = 0
         self.seen = 0
         self._forget_runs()
 
@@ -210,11 +224,15 @@ class PackedCache(Recording):
         b, g = k.shape[:2]
         self.length, self.key_done, self.value_done = [0] * b, [0] * b, [0] * b
         self.key_tail, self.value_tail = k.new_zeros(b, g, 0, k.shape[3]), v.new_zeros(b, g, 0, v.shape[3])
+        if self.room and self._packs:
+            self._make_room(self.room)
 
     def _absorb(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         real = step.position >= 0 if step.padding is not None else None
         if real is not None and bool(real.all()):
             real = None
+        if real is None and self._fused(q, step):
+            return self._one(q, k, v, step.scale)
         out = self._attention(q, k, v, step, real)
         self._store(k, v, step.position, real is not None)
         return out
@@ -233,8 +251,8 @@ class PackedCache(Recording):
 
     def _columns(self, n: int, real: Tensor | None) -> None:
         """Note which of the next `n` columns are tokens (None: all)."""
+        held = self._noted()
         start, self.seen = self.seen, self.seen + n
-        held = self.real
         if held is None and real is None:
             return
         if held is None or held.shape[1] < self.seen:
@@ -245,6 +263,13 @@ class PackedCache(Recording):
                 wider[:, :start] = held[:, :start]
             self.real = held = wider
         held[:, start : self.seen] = True if real is None else real
+
+    def _noted(self) -> Tensor | None:
+        """`real` with at least `seen` columns: what single steps added were tokens, which is noted when somebody asks."""
+        held = self.real
+        if held is not None and held.shape[1] < self.seen:
+            self.real = held = torch.nn.functional.pad(held, (0, self.seen - held.shape[1]), value=True)
+        return held
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, step: Step, real: Tensor | None) -> Tensor:
         """Over what is stored and the block itself: ``[B, H, N, E]``. real ``[B, N]``: which of its tokens count, None: all."""
@@ -480,6 +505,99 @@ class PackedCache(Recording):
         words = pack_bits(codes.flatten(-2), self.v_bits)
         self.values.write(rows, batch, at, 32, codes=words, scale=scale, zero=zero)
 
+    # -- one token, by kernels ----------------------------------------------------------------------------------------
+
+    @property
+    def _packs(self) -> bool:
+        """Whether the kernels take this configuration and dtype."""
+        assert self.key_tail is not None
+        widths = {self.k_bits, self.v_bits} <= {2, 4, 8} and self.group & (self.group - 1) == 0
+        return widths and self.key_tail.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+    @property
+    def _regular(self) -> bool:
+        """Whether what is quantised follows from the length alone, as the kernels assume: not soon after `crop`."""
+        states = set(zip(self.length, self.value_done, strict=True))
+        return all(done == max(0, n - self.residual) for n, done in states)
+
+    def _fused(self, q: Tensor, step: Step) -> bool:
+        """Whether the kernels serve this call: one token, plain attention, no gradient wanted."""
+        if not q.is_cuda or q.shape[2] != 1 or step.compute is not None or step.mask is not None:
+            return False
+        return self._packs and self._regular and not (torch.is_grad_enabled() and q.requires_grad)
+
+    def _holds(self, tokens: int) -> bool:
+        """Whether the buffers take `tokens` tokens of every row as they are."""
+        codes, more = self.keys.codes, self.values.codes
+        if self.key_tail is None or codes is None or more is None:
+            return False
+        slots, whole = self.key_tail.shape[2], tokens - tokens % self.residual
+        ring = slots == self.residual or tokens <= slots
+        return ring and codes.shape[2] * self.group >= whole and more.shape[2] >= tokens - self.residual
+
+    def _make_room(self, tokens: int) -> None:
+        """Buffers for `tokens` tokens of every row; there are codes even where nothing is quantised yet."""
+        assert self.key_tail is not None and self.value_tail is not None
+        have, slots = self.key_tail.shape[2], min(self.residual, tokens)
+        if slots > have:
+            self.key_tail, self.value_tail = (resized(x, slots, have) for x in (self.key_tail, self.value_tail))
+        d, e, group = self.key_tail.shape[3], self.value_tail.shape[3], self.group
+        words, more = (-(-n * bits // 32) for n, bits in ((group, self.k_bits), (e, self.v_bits)))
+        groups = max(1, (tokens - tokens % self.residual) // group)
+        self.keys.reserve(groups, self.key_tail, codes=(d, words), scale=(d,), zero=(d,))
+        places = max(1, tokens - self.residual)
+        self.values.reserve(places, self.value_tail, codes=(more,), scale=(e // group,), zero=(e // group,))
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """A token that the host knows to be real in every row, the buffers grown where they must be."""
+        tokens = max(self.length) + 1
+        if not self._holds(tokens):
+            self._make_room(max(self.room, grown(0, tokens)))
+        length = torch.full((1,), self.seen + 1, dtype=torch.int32, device=q.device)
+        pads = [self.seen - n for n in self.length]
+        start = torch.tensor(pads, dtype=torch.int32, device=q.device) if any(pads) else None
+        return self._launch(q, k, v, scale, length, start)
+
+    def _launch(self, q: Tensor, k: Tensor, v: Tensor, scale: float, length: Tensor, start: Tensor | None) -> Tensor:
+        bits = {"k_bits": self.k_bits, "v_bits": self.v_bits, "group": self.group, "residual": self.residual}
+        what: dict[str, Any] = {"length": length, "start": start, **bits}
+        out, _ = kernel("packed:packed_decode")(q, k, v, *self.buffers(), scale=scale, **what)
+        kernel("packed:packed_store")(k, v, *self.buffers(), **what)
+        self.advance()
+        return out
+
+    def reserve(self, tokens: int) -> None:
+        """Codes, scales, zeros and residual for `tokens` tokens are allocated at once, where the kernels can read them."""
+        self.room = tokens
+
+    def static(self) -> bool:
+        """On CUDA, with room for the token, codes that the kernels take, and nothing to be taken back."""
+        if not self.length or self.key_tail is None or not self.key_tail.is_cuda or self.recording:
+            return False
+        return self._packs and self._regular and self._holds(max(self.length) + 1)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, now: Now) -> Tensor:
+        """See `LayerCache.step`. Raises `StateError` where the padding is not that of the tokens stored."""
+        if (now.start is not None) != any(n != self.seen for n in self.length):
+            raise StateError(
+                "the attention mask of this step and the padding of the prompt differ; pass the mask at every step"
+            )
+        return self._launch(q, k, v, scale, now.length, now.start)
+
+    def advance(self) -> None:
+        """See `LayerCache.advance`."""
+        if self.real is not None:
+            self.real = self.real[:, : self.seen]  # a column added is a token: see `_noted`
+        self.seen += 1
+        self.length = [n + 1 for n in self.length]
+        self.key_done = [n - n % self.residual for n in self.length]
+        self.value_done = [max(0, n - self.residual) for n in self.length]
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Codes, scales and zeros of keys and values, and both residuals: what `qkv.kernels.packed` takes, in its order."""
+        held = (*_of(self.keys), *_of(self.values), self.key_tail, self.value_tail)
+        return tuple(x for x in held if x is not None)
+
     # -- speculation ------------------------------------------------------------------------------------------------
 
     def _snapshot(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -530,7 +648,9 @@ class PackedCache(Recording):
         if self.real is None:
             gone = [tokens] * len(self.length)
         else:
-            gone = self.real[:, self.seen - tokens : self.seen].sum(-1).tolist()
+            real = self._noted()
+            assert real is not None
+            gone = real[:, self.seen - tokens : self.seen].sum(-1).tolist()
         room = [n - max(a, b) - x for n, a, b, x in zip(self.length, self.key_done, self.value_done, gone, strict=True)]
         if min(room) < 0:
             raise StateError(
@@ -555,11 +675,11 @@ class PackedCache(Recording):
         self._refuse_beams()
         for shelf in (self.keys, self.values):
             for name, x in list(shelf.named()):
-                setattr(shelf, name, x.index_select(0, rows.to(x.device)))
+                setattr(shelf, name, rearranged(x, rows))
         for name in ("key_tail", "value_tail", "real"):
             x = getattr(self, name)
             if x is not None:
-                setattr(self, name, x.index_select(0, rows.to(x.device)))
+                setattr(self, name, rearranged(x, rows))
         if self.length:
             picked = [0] * rows.shape[0] if self._uniform else rows.tolist()
             for name in ("length", "key_done", "value_done"):

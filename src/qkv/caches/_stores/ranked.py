@@ -369,6 +369,9 @@ class RankedCache(Recording):
             return
         self.position.scatter_(2, slot, -1)
         self.slot = slot if self.slot is None else self.slot.copy_(slot)
+        if self.movers is not None and self.anchors is None and self._steady_on_device():
+            assert self.keys is not None  # before any step is captured, so that its addresses stay
+            self.anchors = _pick(self.keys, self.movers)
 
     # -- speculation ------------------------------------------------------------------------------------------
 
