@@ -524,6 +524,26 @@ def test_numbers_as_text(x, text):
     assert summary.number(x) == text
 
 
+# -- a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+def test_on_a_gpu(tokenizer, tmp_path, graph):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    settings = Settings(windows=2, tokens=40, depths=(0.5,))
+    results = run(job("window:budget=64", "streamingllm:window=60", settings=settings, graph=graph), tmp_path / "r",
+                  model=tiny_model().cuda(), tokenizer=tokenizer, text=TEXT)  # fmt: skip
+    assert not results.errors
+    full, window, _ = summary.records(results.rows)
+    assert full.kl < 1e-6 and window.kl > 1e-6 and window.held_ratio < 0.25
+    assert all(
+        r["cost"]["peak_how"] == "cuda allocator" and r["cost"]["peak_bytes"]["median"] > 0 for r in results.rows
+    )
+    assert results.manifest["identity"]["model"]["device"] == "cuda"
+
+
 # -- the real model
 
 

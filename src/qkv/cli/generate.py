@@ -113,6 +113,7 @@ def _run(
             "full_bytes": done.full_bytes,
         })  # fmt: skip
         return
+    sys.stdout.flush()
     said = f"{len(fresh)} tokens in {seconds:.1f} s after {length}; {', '.join(map(str, methods))}: {done}"
     messages().print(said, style="dim", markup=False, soft_wrap=True)
 
