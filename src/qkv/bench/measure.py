@@ -195,7 +195,7 @@ class Runner:
         """Prefill `prompt` ``[C]``, then feed the tokens `fed` ``[S]`` one by one. keep: prompt logits to return."""
 
         def go() -> Pass:
-            cache, first, seconds = self._prefill(prompt, keep, total=len(prompt))
+            cache, first, seconds = self._prefill(prompt, keep, room=len(prompt) + len(fed) + 2)
             steps, times = [], []
             for token in fed.tolist():
                 logits, spent = self._timed(torch.tensor([token]), cache, 1)
@@ -213,7 +213,7 @@ class Runner:
         """
 
         def go() -> Pass:
-            cache, logits, seconds = self._prefill(context, 1, total=len(context))
+            cache, logits, seconds = self._prefill(context, 1, room=len(context) + len(question) + most + 2)
             first = seconds
             if len(question):
                 logits, spent = self._timed(question, cache, 1)
@@ -239,10 +239,10 @@ class Runner:
         out.peak = peak
         return out
 
-    def _prefill(self, prompt: Tensor, keep: int, total: int) -> tuple[Any, Tensor, float]:
+    def _prefill(self, prompt: Tensor, keep: int, room: int) -> tuple[Any, Tensor, float]:
         if not len(prompt):
             raise InvalidInput("the prompt is empty; a pass needs at least one token")
-        cache = fresh_cache(self.model, total)
+        cache = fresh_cache(self.model, len(prompt), room)
         size = self.chunk or len(prompt)
         kept: list[Tensor] = []
         seconds = 0.0
@@ -317,8 +317,11 @@ class Runner:
         return found[0]
 
 
-def fresh_cache(model: Any, prompt: int) -> Any:
-    """An empty cache that knows how long the prompt is, so that budgets given as shares hold for chunked prefill too."""
+def fresh_cache(model: Any, prompt: int, room: int) -> Any:
+    """An empty cache that knows how long the prompt is, so that budgets given as shares hold for chunked prefill too.
+
+    room: tokens to reserve for where decoding runs in CUDA graphs, which need shapes that do not change.
+    """
     from transformers import DynamicCache
 
     from qkv.hosts import transformers as host
@@ -326,6 +329,8 @@ def fresh_cache(model: Any, prompt: int) -> Any:
     cache = DynamicCache(config=model.config)
     session = model.__dict__.get(host._ATTRIBUTE)
     if session is not None:
+        if session.graph is not None:
+            session.room = room
         session.adopt(cache, prompt=prompt)
     return cache
 
