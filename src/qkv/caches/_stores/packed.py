@@ -538,15 +538,15 @@ class PackedCache(Recording):
     def _make_room(self, tokens: int) -> None:
         """Buffers for `tokens` tokens of every row; there are codes even where nothing is quantised yet."""
         assert self.key_tail is not None and self.value_tail is not None
-        have, slots = self.key_tail.shape[2], min(self.residual, tokens)
-        if slots > have:
-            self.key_tail, self.value_tail = (resized(x, slots, have) for x in (self.key_tail, self.value_tail))
-        d, e, group = self.key_tail.shape[3], self.value_tail.shape[3], self.group
+        (have, d), e, group = self.key_tail.shape[2:], self.value_tail.shape[3], self.group
         words, more = (-(-n * bits // 32) for n, bits in ((group, self.k_bits), (e, self.v_bits)))
         groups = max(1, (tokens - tokens % self.residual) // group)
         self.keys.reserve(groups, self.key_tail, codes=(d, words), scale=(d,), zero=(d,))
         places = max(1, tokens - self.residual)
         self.values.reserve(places, self.value_tail, codes=(more,), scale=(e // group,), zero=(e // group,))
+        slots = min(self.residual, tokens)
+        if slots > have:
+            self.key_tail, self.value_tail = (resized(x, slots, have) for x in (self.key_tail, self.value_tail))
 
     def _one(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """A token that the host knows to be real in every row, the buffers grown where they must be."""
