@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -352,18 +353,23 @@ class _Bar(TrainerCallback):
 
 @contextmanager
 def _signals(trainer: DistillTrainer) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) ends the run after its step, with a checkpoint; the second at once.
+    """The first Ctrl-C (or SIGTERM) ends the run after its step, with a checkpoint; another Ctrl-C a second later at once.
 
-    Left alone in other threads than the main one and in runs of several processes, which would stop at different steps.
+    What comes within the second is the same wish twice: `timeout`, `make` and launchers pass a signal on to a process that
+    the terminal has signalled already. Left alone in other threads than the main one, and in runs of several processes,
+    which would stop at different steps.
     """
     if threading.current_thread() is not threading.main_thread() or trainer.accelerator.num_processes > 1:
         yield
         return
+    first = math.inf
 
     def ask(number: int, frame: Any) -> None:
-        if trainer.stopped is not None:
+        nonlocal first
+        if trainer.stopped is None:
+            trainer.stopped, first = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - first > 1.0:
             raise KeyboardInterrupt("stopped at once, without a checkpoint")
-        trainer.stopped = number
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
