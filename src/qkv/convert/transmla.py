@@ -116,7 +116,7 @@ def joint_basis(kv: Tensor, t: Tensor, rope_dim: int, rho: float) -> Tensor:
 
 
 def weights(
-    module: nn.Module, shape: MLAShape, t: Tensor, r: Tensor, rho: float, scale: float, q: Tensor | None
+    module: Any, shape: MLAShape, t: Tensor, r: Tensor, rho: float, scale: float, q: Tensor | None
 ) -> dict[str, Tensor]:
     """The MLA layer's tensors, float64, from the source's projections. r: ``[2L - rope_dim, kv_rank]`` cut of R.
 
@@ -143,7 +143,7 @@ def weights(
     return out | {f"o_proj.{n}": x.detach().to(torch.float64, copy=True) for n, x in module.o_proj.named_parameters()}
 
 
-def _with_bias(linear: nn.Module) -> Tensor:
+def _with_bias(linear: Any) -> Tensor:
     w = linear.weight.detach().to(torch.float64)
     return w if linear.bias is None else torch.cat((w, linear.bias.detach().to(torch.float64).unsqueeze(-1)), dim=-1)
 
@@ -158,7 +158,7 @@ FOLD_TOKENS = 8192  # of the calibration data, on which the candidates for `freq
 # -- the method -------------------------------------------------------------------------------------------------------
 
 
-def _source(site: Site, module: nn.Module) -> dict[str, Any]:
+def _source(site: Site, module: Any) -> dict[str, Any]:
     """The sizes of an MLA layer that its source decides."""
     return {
         "width": module.q_proj.in_features,
@@ -170,7 +170,7 @@ def _source(site: Site, module: nn.Module) -> dict[str, Any]:
     }
 
 
-def converted_module(site: Site, module: nn.Module, shape: MLAShape, tensors: Mapping[str, Tensor]) -> nn.Module:
+def converted_module(site: Site, module: Any, shape: MLAShape, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The converted module around `tensors`; nothing else is allocated."""
     from qkv.hosts.transformers_mla import TransformersMLA
 
@@ -205,7 +205,7 @@ def _frequencies(site: Site, rope_dim: int) -> list[float]:
     return mine.repeat(max(1, rope_dim // site.head_dim)).tolist()
 
 
-def _sizes(site: Site, module: nn.Module, shape: MLAShape) -> dict[str, tuple[int, ...]]:
+def _sizes(site: Site, module: Any, shape: MLAShape) -> dict[str, tuple[int, ...]]:
     """Every tensor of the layer and its shape; allocates nothing."""
     from qkv.layers.mla import LatentProjections
 
@@ -224,7 +224,7 @@ def _some(data: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str
     return out
 
 
-def _put(model: Any, name: str, module: nn.Module) -> None:
+def _put(model: Any, name: str, module: Any) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -238,7 +238,7 @@ def _set_norms(
     handles = []
 
     def hook(site: str, shape: MLAShape, tensors: dict[str, Tensor]) -> Any:
-        def run_hook(module: nn.Module, args: Any) -> None:
+        def run_hook(module: Any, args: Any) -> None:
             x = args[0][now["real"].to(args[0].device)].to(torch.float64)
             for norm, source in (("kv_a_layernorm", "kv_a_proj_with_mqa"), ("q_a_layernorm", "q_a_proj")):
                 if f"{norm}.weight" in tensors:
@@ -321,7 +321,7 @@ class TransMLA(Conversion):
             self.rope_dim % 2 == 0, f"transmla: rope_dim={self.rope_dim} must be even: rotary channels come in pairs"
         )
 
-    def fits(self, site: Site, module: nn.Module) -> str | None:
+    def fits(self, site: Site, module: Any) -> str | None:
         """See `Conversion.fits`."""
         reason = plain_projections(site, module)
         if reason is not None:
@@ -378,7 +378,7 @@ class TransMLA(Conversion):
         return built, {"freqfold": fold, "tokens": tokens, "perplexity": tried, "sites": facts}
 
     def assemble(
-        self, site: Site, module: nn.Module, moments: Moments, scale: float, fold: int, basis: Tensor | None = None
+        self, site: Site, module: Any, moments: Moments, scale: float, fold: int, basis: Tensor | None = None
     ) -> tuple[MLAShape, float, dict[str, Tensor]]:
         """Shape, rho and tensors (float64) of one converted site. basis: T, or None for RoRoPE's."""
         g, d, p = site.kv_heads, site.head_dim, self.rope_dim
@@ -459,7 +459,7 @@ class TransMLA(Conversion):
             raise SavedDataError(f"{self.id}: unexpected tensors: {', '.join(left[:3])}")
         return {s.name: self._restored(s, model.get_submodule(s.name), facts[s.name], tensors) for s in sites}
 
-    def _restored(self, site: Site, module: nn.Module, facts: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def _restored(self, site: Site, module: Any, facts: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
         reason = self.fits(site, module)
         if reason is not None:
             raise SavedDataError(f"{self.id}: {site.name} is not what was converted: {reason}")

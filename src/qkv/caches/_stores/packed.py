@@ -611,7 +611,7 @@ class PackedCache(Recording):
         keys, values, counters = snapshot
         self.key_tail[:, :, : keys.shape[2]] = keys
         self.value_tail[:, :, : values.shape[2]] = values
-        self.__dict__.update({k: list(x) if isinstance(x, list) else x for k, x in counters.items()})
+        vars(self).update({k: list(x) if isinstance(x, list) else x for k, x in counters.items()})
 
     def _again(self, run: Run, tokens: int) -> None:
         """Only stored: what is quantised depends on the count alone."""

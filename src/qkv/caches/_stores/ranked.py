@@ -152,6 +152,7 @@ class RankedCache(Recording):
         if self.policy.spec.slot_state:
             assert self.state is not None
             state = self.policy.observe(self.state[:, :, :used], view)
+            assert state is not None
             self.state[:, :, :used] = state
         else:
             state = self.policy.observe(None, view)
@@ -380,7 +381,7 @@ class RankedCache(Recording):
 
     def _go_back(self, snapshot: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
         self.restore(snapshot[0])
-        self.__dict__.update(snapshot[1])
+        vars(self).update(snapshot[1])
 
     def crop(self, tokens: int) -> None:
         """Take back the newest `tokens` of what is not settled yet and settle the rest, or raise `StateError`."""
