@@ -13,6 +13,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from _resume import kept
 from _streams import arguments, clock, load, tokens
 
 import qkv
@@ -55,12 +56,12 @@ def later_sinks(model, windows, method) -> HeadTable:
 def main() -> None:
     a = arguments(__doc__)
     model, tokenizer = load(a)
-    count, pick, tried = (6, 4, 4) if a.quick else (24, 12, 24)
+    count, pick, tried = (6, 4, 4) if a.quick else (18, 6, 10)
     ids = tokens(tokenizer, 40000 + count * 4000, 0)[0].tolist()
     windows = [ids[40000 + i * 4000 :][:LENGTH] for i in range(count)]
     method = qkv.method("act", min_rows=8)
     t0 = time.perf_counter()
-    sinks = later_sinks(model, windows[:6], method)
+    sinks = HeadTable.from_dict(kept(a, "act-sinks", lambda: later_sinks(model, windows[:6], method).to_dict()))
     middle = HeadSet(frozenset((l, h) for l in range(2, 29) for h in range(9)))
     with_sinks = HeadSet(frozenset(x for x in middle if float(sinks.values[x]) > 0))
     clock(f"{len(with_sinks)} of {len(middle)} heads have later sinks", t0)
@@ -78,9 +79,13 @@ def main() -> None:
         settings[f"act, 24 random heads, seed {seed}"] = method.replace(heads=few)
         settings[f"first sink too, 24 random heads, seed {seed}"] = method.replace(heads=few, keep_first=False)
     found: dict[str, float] = {}
-    for name, setting in settings.items():
+
+    def under(setting) -> float:
         with qkv.applied(model, setting or "full"):
-            found[name] = loss(model, held)
+            return loss(model, held)
+
+    for name, setting in settings.items():
+        found[name] = kept(a, f"act-{name.replace(', ', '-').replace(' ', '-')}", lambda s=setting: under(s))
         clock(f"{name}: perplexity {math.exp(found[name]):.3f}", t0)
 
     candidates = sinks.top(min(tried, len(with_sinks)))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 
+from _resume import kept
 from _streams import arguments, clock, load
 
 import qkv
 from qkv.bench.record import Figure, record
-from qkv.core.heads import HeadTable
+from qkv.core.heads import HeadSet, HeadTable
 from qkv.probes._needle import FILLER, PASSKEYS, passkey
 from qkv.probes.retrieval_heads import QUICK_TEMPLATE, activation_frequency
 
@@ -36,9 +37,12 @@ def main() -> None:
         if done == total or done % 5 == 0:
             clock(f"{done} of {total}, {note}", t0)
 
+    def measure(length: int) -> dict:
+        return probe(length).run(model, tokenizer, FILLER, PASSKEYS, progress=report).to_dict()
+
     tables: dict[int, HeadTable] = {}
     for length in (short, long):
-        tables[length] = probe(length).run(model, tokenizer, FILLER, PASSKEYS, progress=report)
+        tables[length] = HeadTable.from_dict(kept(a, f"retrieval-heads-{length}", lambda n=length: measure(n)))
         tables[length].plot(f"{a.folder}/retrieval-heads-{length}.png")
     table = tables[short]
     scores = table.values.flatten().sort(descending=True).values
@@ -48,21 +52,21 @@ def main() -> None:
     held_out = [passkey(key) for key in keys]
     at = depths[::2]
     prompts = [p for n in (short, long) for p in probe(n, at).prompts(tokenizer, FILLER, held_out)]
+    others = table.measured - strong - table.top(10)
+    removed = {"base": HeadSet(), "top 5": table.top(5), "top 10": table.top(10)}
+    removed |= {f"random 10, seed {s}": others.random(10, s) for s in SEEDS}
+
+    def answers(heads: HeadSet) -> list[float]:
+        with qkv.applied(model, qkv.method("head-ablation", heads=heads) if heads else "full"):
+            return probe(short).recalls(model, tokenizer, prompts, report)
+
     rows = []
-    for count in (5, 10):
-        out = probe(short).ablation(model, tokenizer, prompts, table, count=count, seeds=SEEDS, progress=report)
-        for name, runs in out.items():
-            if name == "base" and rows:
-                continue
-            for seed, recalls in enumerate(runs):
-                right = sum(r > 50 for r in recalls)
-                label = (
-                    name
-                    if name == "base"
-                    else f"{name} {count}" + (f", seed {SEEDS[seed]}" if name == "random" else "")
-                )
-                rows.append({"heads removed": label, "right": right, "of": len(recalls)})
-                print(rows[-1], flush=True)
+    for name, heads in removed.items():
+        recalls = kept(
+            a, f"retrieval-heads-without-{name.replace(', ', '-').replace(' ', '-')}", lambda h=heads: answers(h)
+        )
+        rows.append({"heads removed": name, "right": sum(r > 50 for r in recalls), "of": len(recalls)})
+        clock(str(rows[-1]), t0)
     right = {row["heads removed"]: row["right"] / row["of"] for row in rows}
     random10 = [v for k, v in right.items() if k.startswith("random 10")]
     note = f"{len(prompts)} pass keys at {short} and {long} tokens, keys not used to find the heads"
