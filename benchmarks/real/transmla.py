@@ -3,7 +3,7 @@
     python benchmarks/real/transmla.py
 
 Calibrates on prose and poems (the default calibration text), evaluates on plays that no calibration has seen. One core, about
-eight minutes; writes benchmarks/results/real/transmla.json.
+ten minutes; writes benchmarks/results/real/transmla.json.
 """
 
 from __future__ import annotations
