@@ -115,8 +115,10 @@ class MiniLM(Objective):
         paper="arXiv:2002.10957",
         source="paper",
         summary="Teaches a student of any depth and width the token relations of one upper teacher layer.",
-        shown="a sentence encoder cut to half its layers agrees with its teacher on unseen sentences better than before",
-        honest="relations say nothing about what follows the last value projection: pooled embeddings need a hidden term",
+        shown="a sentence encoder cut to half its layers keeps the taught relations on unseen sentences; with a hidden term "
+        "its embeddings follow the teacher's far better than untaught layers do",
+        honest="relations say nothing about what follows the last value projection: pooled embeddings need a hidden term, "
+        "which in a short run does as much alone",
         reference=reference,
         trials=(
             {},
