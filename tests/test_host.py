@@ -93,6 +93,18 @@ def test_sliding_layers_keep_their_own_window_beside_a_cache_method() -> None:
         assert torch.equal(generate(model, x["input_ids"], x["attention_mask"]), base)
 
 
+def test_a_window_that_only_the_configuration_knows_is_seen() -> None:
+    model = models.mistral(window=8).double().eval()
+    assert {s.window for s in qkv.sites(model)} == {8}
+    with pytest.raises(Refused, match="sliding window of 8"):
+        qkv.apply(model, "h2o")
+    ids = models.inputs("llama")["input_ids"][1:]
+    base = generate(model, ids)
+    with qkv.applied(model, "full"):
+        assert torch.equal(generate(model, ids), base)
+    assert {s.window for s in qkv.sites(models.make("mistral"))} == {None}
+
+
 @pytest.mark.parametrize("name", list(models.DECODERS))
 def test_full_generates_what_the_model_generates(name: str) -> None:
     model, x = models.make(name), models.inputs(name)

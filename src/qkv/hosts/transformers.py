@@ -116,8 +116,7 @@ def _site(
     )
     causal = bool(getattr(module, "is_causal", False)) and not cross
     role = "cross" if cross else ("self" if causal else "encoder")
-    window = getattr(module, "sliding_window", None)
-    window = window if isinstance(window, int) else None
+    window = _window(module, config, layer) if causal else None
     reason = None
     if kind == "other":
         reason = (
@@ -155,6 +154,18 @@ def _site(
         module=type(module).__name__,
         reason=reason,
     )
+
+
+def _window(module: nn.Module, config: Any, layer: Any) -> int | None:
+    """The sliding window of a module in tokens: its own attribute, or its configuration's (Mistral keeps it only there)."""
+    if hasattr(module, "sliding_window"):
+        window = module.sliding_window
+    else:
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None)
+        if kinds is not None and not (isinstance(layer, int) and "sliding" in kinds[layer]):
+            window = None
+    return window if isinstance(window, int) else None
 
 
 def _scale(module: nn.Module) -> float | None:
