@@ -123,12 +123,13 @@ class Search:
     """What `search_heads` found.
 
     table: per head, the metric with only that head calibrated minus the base metric, on the search samples; NaN where it was
-    not tried. heads: the heads above the margin. base: the base metric. method: calibration of these heads. held_out: the
-    samples the search never saw; the only ones `test` uses.
+    not tried. heads: the heads above the margin. others: every other head of the edited layers. base: the base metric. method:
+    calibration of these heads. held_out: the samples the search never saw; the only ones `test` uses.
     """
 
     table: HeadTable
     heads: HeadSet
+    others: HeadSet
     base: float
     method: AttentionCalibration
     held_out: tuple[Any, ...] = field(repr=False)
@@ -136,23 +137,19 @@ class Search:
     def test(self, model: Any, metric: Callable[[Any, Sequence[Any]], float], seed: int = 0) -> dict[str, float]:
         """The metric on the held-out samples.
 
-        Keys: ``base``, ``act``, ``random`` (as many other heads), ``first_sink`` (the first sink calibrated too). Raises
+        Keys: ``base``, ``act``, ``first_sink`` (the first sink calibrated too), ``random`` (as many of the other heads; absent
+        when there are fewer). Raises
         `InvalidInput` when the search found no head.
         """
         if not self.heads:
             raise InvalidInput("the search found no head that helps, so there is nothing to test")
-        pool = self.table.measured - self.heads
-        count = min(len(self.heads), len(pool))
-        settings = {
-            "act": self.method,
-            "random": self.method.replace(heads=pool.random(count, seed)) if count else None,
-            "first_sink": self.method.replace(keep_first=False),
-        }
+        settings = {"act": self.method, "first_sink": self.method.replace(keep_first=False)}
+        if len(self.others) >= len(self.heads):
+            settings["random"] = self.method.replace(heads=self.others.random(len(self.heads), seed))
         out = {"base": float(metric(model, self.held_out))}
         for name, method in settings.items():
-            if method is not None:
-                with applied(model, method):
-                    out[name] = float(metric(model, self.held_out))
+            with applied(model, method):
+                out[name] = float(metric(model, self.held_out))
         return out
 
 
@@ -193,6 +190,7 @@ def search_heads(
     tried = HeadSet(
         frozenset((s.layer, h) for s in stack if method.layer_reason(s) is None for h in range(s.heads))  # type: ignore[misc]
     )
+    every = tried
     tried = tried if candidates is None else tried & HeadSet.of(candidates)
     if not tried:
         raise InvalidInput(f"search_heads: no candidate lies in the layers that {method} edits")
@@ -207,7 +205,7 @@ def search_heads(
     heads = HeadSet(frozenset(h for h in tried if float(values[h]) > margin))
     chosen = method.replace(heads=heads)
     assert isinstance(chosen, AttentionCalibration)
-    return Search(table, heads, base, chosen, tuple(held))
+    return Search(table, heads, every - heads, base, chosen, tuple(held))
 
 
 def _key(sample: Any) -> str:
