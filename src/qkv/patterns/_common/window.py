@@ -19,7 +19,7 @@ from qkv.core.attend import check_qkv, sdpa
 from qkv.core.errors import InvalidInput
 from qkv.core.plan import BlockPlan
 
-GATHER_ELEMENTS = 1 << 21  # keys and values of one batch of chunks
+GATHER_ELEMENTS = 1 << 22  # keys and values of one batch of chunks
 
 
 def execute_window(
@@ -36,7 +36,7 @@ def execute_window(
         raise InvalidInput(f"window: the plan is {plan}; q and k have N={n}, M={m}, and no permutation is taken")
     if plan.window is None or max(plan.window, plan.sinks) >= m:
         return sdpa(q, k, v, mask=plan.tokens, causal=plan.causal, scale=scale)
-    c = min(n, max(64, min(256, plan.window // 2)) if chunk is None else chunk)
+    c = min(n, max(64, min(256, plan.window // 4)) if chunk is None else chunk)
     out = q.new_empty(*q.shape[:3], v.shape[-1]) if not torch.is_grad_enabled() else None
     parts = []
     for start, stop, uniform in _runs(plan, c):
