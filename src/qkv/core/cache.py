@@ -144,11 +144,27 @@ class CacheSpec(Spec):
     """Parameters that make the method act on the laws' small inputs (tens of tokens)."""
 
 
+@dataclass(slots=True)
+class Board:
+    """What the sites of one cache tell each other, by name. Sites run in order, so a later one reads what an earlier one
+    wrote in the same call. Tensors only, or plain numbers: a copy of the cache copies its board.
+    """
+
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
 class LayerCache(ABC):
     """One site's memory. Host-independent; every method keeps keys, values, positions and state together."""
 
     seen: int = 0
     """Logical tokens absorbed so far, padding included (the host's column count)."""
+
+    board: Board | None = None
+    """Shared by the sites of one cache; None for a memory that stands alone."""
+
+    def join(self, board: Board) -> None:
+        """The host has made the memories of one cache: from now on they share `board`."""
+        self.board = board
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:

@@ -29,7 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qkv.caches._stores.dense import DenseCache
 from qkv.core.attend import causal_mask, sdpa
-from qkv.core.cache import CacheMethod, Geometry, LayerCache, Rope, Step
+from qkv.core.cache import Board, CacheMethod, Geometry, LayerCache, Rope, Step
 from qkv.core.conversion import Conversion
 from qkv.core.errors import InvalidInput, NotApplied, Refused, SavedDataError, StateError
 from qkv.core.operator import Operator
@@ -351,10 +351,13 @@ class Session:
         last = max(cast(int, s.layer) for s in served)
         while len(layers) <= last:
             layers.append(DynamicLayer())
+        board = Board()
         for site in served:
             layers[cast(int, site.layer)] = layer = self._layer(site)
-            if self.room and isinstance(layer, QKVLayer):
-                layer.memory.reserve(self.room)
+            if isinstance(layer, QKVLayer):
+                layer.memory.join(board)
+                if self.room:
+                    layer.memory.reserve(self.room)
         cache.layers = layers
         cache.__dict__[_ATTRIBUTE] = self
         self._announce(cache, prompt)
