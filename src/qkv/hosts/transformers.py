@@ -884,6 +884,25 @@ def report(model: PreTrainedModel) -> Report:
     return stack.summarise(list(session.states.values()), names)
 
 
+def fresh_cache(model: PreTrainedModel, prompt: int, *, room: int = 0, record: bool = False) -> Cache:
+    """An empty cache for a generation loop of one's own, as `generate` would make it under the applied methods.
+
+    prompt: its columns, padding included (what is compressed at once). room: columns to reserve, 0 for none. record: every
+    later block is provisional until ``crop(-n)``, which takes back its newest n tokens and settles the others.
+    """
+    cache = DynamicCache(config=cast(Any, model.config))
+    session = model.__dict__.get(_ATTRIBUTE)
+    if session is not None:
+        session.adopt(cache, prompt=prompt)
+    for layer in cast(list[Any], cache.layers):
+        if isinstance(layer, QKVLayer):
+            if room:
+                layer.memory.reserve(room)
+            if record:
+                layer.activate_past_recording()
+    return cache
+
+
 @contextmanager
 def observe(model: PreTrainedModel, callback: Callable[[Site, Call], None], where: Any = "all") -> Iterator[None]:
     """See `qkv.hosts.observe`."""
