@@ -121,7 +121,7 @@ class View:
     def per_group(self, x: Tensor, how: str = "sum") -> Tensor:
         """``[B, H, S]`` to ``[B, G, S]``: the query heads of a KV head combined by ``sum``, ``mean`` or ``max``."""
         b, _, s = x.shape
-        grouped = x.reshape(b, self.keys.shape[1], -1, s)
+        grouped = x.reshape(b, self.position.shape[1], -1, s)
         return grouped.amax(2) if how == "max" else getattr(grouped, how)(2)
 
 
@@ -231,6 +231,10 @@ class LayerCache(ABC):
         """The host's counters, to be put back after a capture (which runs the host code but not the device's)."""
         return {"seen": self.seen}
 
+    def recount(self, counters: dict[str, Any]) -> None:
+        """Put `counters` back."""
+        vars(self).update(counters)
+
     def advance(self) -> None:
         """Count one replayed step (the host's counters only; the device work was in the graph)."""
         self.seen += 1
@@ -248,6 +252,13 @@ class CacheMethod(Method):
 
     def fits(self, geometry: Geometry) -> str | None:
         """None, or the reason why a site of this geometry cannot be served (no side effect)."""
+        return None
+
+    def remainder(self, q: Tensor, k: Tensor, v: Tensor, gone: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+        """By definition, what evicted tokens still give to queries: a part (out, lse) to be merged, or None for nothing.
+
+        q ``[B, H, N, D]``; k ``[B, G, M, D]``, v ``[B, G, M, E]`` all tokens seen; gone ``[B, G, M]`` bool, those evicted.
+        """
         return None
 
 

@@ -139,7 +139,7 @@ class Graphs:
         finally:
             self.session.now = None
             for memory, before in zip(memories, counters, strict=True):
-                vars(memory).update(before)
+                memory.recount(before)
             for state, before in zip(self.session.states.values(), calls, strict=True):
                 state.tally.calls = before
         self.captures += 1

@@ -22,6 +22,7 @@ from torch import Tensor
 from qkv.core.attend import attend
 from qkv.core.cache import CacheMethod, Geometry, LayerCache, Policy, Rope, Step
 from qkv.core.errors import Refused, StateError
+from qkv.core.merge import merge
 from qkv.testing._law import Case, close, expect, finite, law, mutant, refuses, same
 
 H, G, D = 6, 3, 8
@@ -319,7 +320,13 @@ def _masked(method: CacheMethod, tokens: Stream, before: Tensor | None, at: slic
         newest, last = column.amax(-1, keepdim=True), rank.amax(-1, keepdim=True)
         shift = (rank - last) - (column - newest)
         keys = rope.rotate(keys, shift.masked_fill(~seen, 0))
-    return attend(tokens.q[:, :, at], keys, tokens.v[:, :, :m], mask=mask, scale=D**-0.5).out
+    q, values = tokens.q[:, :, at], tokens.v[:, :, :m]
+    read = attend(q, keys, values, mask=mask, scale=D**-0.5)
+    gone = (column >= 0) & ~seen
+    rest = method.remainder(
+        q, torch.where(gone[..., None], keys, 0), torch.where(gone[..., None], values, 0), gone, D**-0.5
+    )
+    return read.out if rest is None else merge((read.out, read.lse), rest)[0]
 
 
 def _chunk_exact(case: Case) -> bool:
