@@ -182,6 +182,12 @@ class LayerCache(ABC):
     def bytes(self) -> int:
         """Bytes held by all tensors of this layer, capacity included."""
 
+    def resident(self) -> int:
+        """Bytes of these that stay with the model; the others lie in host memory or on disk. On a CPU model both are one
+        memory, and the figure says what an accelerator would hold.
+        """
+        return self.bytes()
+
     def full_bytes(self, k: Tensor, v: Tensor) -> int:
         """Bytes that a plain cache of the tokens seen would hold; k, v as last handed to `attend`."""
         return k.shape[0] * self.seen * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()

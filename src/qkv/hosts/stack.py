@@ -70,6 +70,7 @@ class Tally:
     full_bytes: int = 0
     kept: int = 0
     seen: int = 0
+    resident: int = 0
 
 
 @dataclass
@@ -244,7 +245,9 @@ def clash(entries: Sequence[tuple[Method, Sequence[Site]]]) -> str | None:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What happened at one site: calls, bytes held after the last call, bytes a plain cache would hold, tokens kept."""
+    """What happened at one site: calls, bytes held after the last call, bytes a plain cache would hold, tokens kept; resident:
+    the bytes of them that stay with the model, where a method puts others into host memory or on disk.
+    """
 
     site: Site
     methods: tuple[str, ...]
@@ -253,6 +256,7 @@ class SiteReport:
     full_bytes: int
     kept: int
     seen: int
+    resident: int = 0
 
 
 @dataclass(frozen=True)
@@ -270,6 +274,11 @@ class Report:
     def bytes(self) -> int:
         """Cache bytes held after the last call."""
         return sum(s.bytes for s in self.sites)
+
+    @property
+    def resident(self) -> int:
+        """Bytes of them that stay with the model (see `SiteReport`)."""
+        return sum(s.resident for s in self.sites)
 
     @property
     def full_bytes(self) -> int:
@@ -308,7 +317,16 @@ def summarise(states: Sequence[SiteState], names: Callable[[SiteState], tuple[st
             "did run, that module is not on its path and the method has no effect there"
         )
     rows = tuple(
-        SiteReport(s.site, names(s), s.tally.calls, s.tally.bytes, s.tally.full_bytes, s.tally.kept, s.tally.seen)
+        SiteReport(
+            s.site,
+            names(s),
+            s.tally.calls,
+            s.tally.bytes,
+            s.tally.full_bytes,
+            s.tally.kept,
+            s.tally.seen,
+            s.tally.resident,
+        )
         for s in states
         if s.applied
     )

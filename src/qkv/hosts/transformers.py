@@ -664,7 +664,7 @@ def _cached(
     tally = state.tally
     tally.seen, tally.bytes = memory.seen, memory.bytes()
     tally.full_bytes = memory.full_bytes(k, v)
-    tally.kept = memory.kept()
+    tally.kept, tally.resident = memory.kept(), memory.resident()
     return out
 
 
