@@ -15,7 +15,7 @@ from qkv.core.errors import InvalidInput
 from qkv.core.site import Site
 from qkv.core.spec import Method
 
-__all__ = ["applied", "apply", "observe", "plan", "report", "revert", "save", "sites"]
+__all__ = ["applied", "apply", "attending", "observe", "plan", "report", "revert", "save", "sites"]
 
 
 def _host(model: Any) -> Any:
@@ -84,6 +84,18 @@ def observe(model: Any, callback: Any, where: Any = "all") -> Iterator[Any]:
     """
     with _host(model).observe(model, callback, where=where):
         yield model
+
+
+@contextmanager
+def attending(model: Any, function: Any, where: Any = "all") -> Iterator[list[Site]]:
+    """Run ``function(site, q, k, v, scale=...) -> out`` as the attention of the chosen sites; gives those sites.
+
+    For generation loops that keep keys and values of their own: call the model with ``use_cache=False``; masks are the
+    function's concern. q ``[B, H, N, D]`` and k ``[B, G, N, D]`` are rotated as the model rotates them, v ``[B, G, N, E]``, out
+    ``[B, H, N, E]``. Raises `Refused` at a site that cannot be reached, or that carries a method which would be bypassed.
+    """
+    with _host(model).attending(model, function, where=where) as chosen:
+        yield chosen
 
 
 def save(model: Any, path: str | Path) -> None:

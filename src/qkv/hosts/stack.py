@@ -84,6 +84,7 @@ class SiteState:
     cache: CacheMethod | None = None
     steering: list[Steering] = field(default_factory=list)
     observers: list[Callable[[Site, Call], None]] = field(default_factory=list)
+    instead: Callable[..., Tensor] | None = None  # a generation loop's own attention, see `qkv.hosts.attending`
     tally: Tally = field(default_factory=Tally)
     applied: bool = False
 

@@ -583,6 +583,11 @@ def attention_function(
         _handoff.pending = None
     state: SiteState | None = module.__dict__.get(_ATTRIBUTE)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if state is not None and state.instead is not None:
+        if layer is not None:
+            raise StateError(f"{state.site.name}: its attention is in other hands; call the model with use_cache=False")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return state.instead(state.site, query, key, value, scale=scale).transpose(1, 2).contiguous(), None
     if state is None or not state.applied:
         if layer is not None:
             raise StateError(f"{layer.state.site.name}: its cache layer is used by another module")
@@ -927,6 +932,38 @@ def observe(model: PreTrainedModel, callback: Callable[[Site, Call], None], wher
         finally:
             for state in watched:
                 state.observers.remove(callback)
+    finally:
+        if fresh:
+            session.remove()
+
+
+@contextmanager
+def attending(model: PreTrainedModel, function: Callable[..., Tensor], where: Any = "all") -> Iterator[list[Site]]:
+    """See `qkv.hosts.attending`."""
+    session = model.__dict__.get(_ATTRIBUTE)
+    fresh = session is None
+    if session is None:
+        session = Session(model)
+        session.install()
+        model.__dict__[_ATTRIBUTE] = session
+    try:
+        chosen = choose(session.sites, where)
+        states = [session.state(s) for s in chosen]
+        for state in states:
+            if state.site.reason is not None:
+                raise Refused(f"the attention of {state.site.name} cannot be exchanged: {state.site.reason}")
+            if state.instead is not None or state.cache is not None or not state.plain:
+                names = ", ".join(str(e.method) for e in session.entries if state.site in e.sites) or "another loop"
+                raise Refused(
+                    f"{state.site.name} carries {names}, which an attention put in its place would bypass; revert it"
+                )
+        for state in states:
+            state.instead = function
+        try:
+            yield chosen
+        finally:
+            for state in states:
+                state.instead = None
     finally:
         if fresh:
             session.remove()
