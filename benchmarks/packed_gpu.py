@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qkv.bench.environment import environment
-from qkv.caches._stores.packed import unpack_bits
+from qkv.caches._stores.codecs import unpack_bits
 from qkv.core.attend import attend
 from qkv.kernels.decode import decode_attention
 from qkv.kernels.packed import packed_decode, packed_store

@@ -10,8 +10,7 @@ from torch import Tensor
 
 import qkv
 from qkv.caches._stores import packed, recording
-from qkv.caches._stores.packed import (
-    PackedCache,
+from qkv.caches._stores.codecs import (
     dequantize_per_channel_tokens,
     dequantize_per_token_channels,
     pack_bits,
@@ -19,6 +18,7 @@ from qkv.caches._stores.packed import (
     quantize_per_token_channels,
     unpack_bits,
 )
+from qkv.caches._stores.packed import PackedCache
 from qkv.caches.kivi import KIVI, reference
 from qkv.core.attend import attend, causal_mask
 from qkv.core.cache import Geometry, Step

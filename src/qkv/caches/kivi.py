@@ -21,7 +21,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from qkv.caches._stores.packed import BITS, PackedCache
+from qkv.caches._stores.codecs import BITS
+from qkv.caches._stores.packed import PackedCache
 from qkv.core.cache import CacheMethod, CacheSpec, Geometry, LayerCache, require
 from qkv.core.errors import Refused
 from qkv.core.spec import Limit, param

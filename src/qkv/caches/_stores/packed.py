@@ -26,122 +26,23 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from qkv.caches._stores.codecs import (
+    PIECE,
+    dequantize_per_channel_tokens,
+    dequantize_per_token_channels,
+    pack_bits,
+    quantize_per_channel_tokens,
+    quantize_per_token_channels,
+    unpack_bits,
+)
 from qkv.caches._stores.dense import grown, rearranged, resized
 from qkv.caches._stores.recording import Recording, Run
 from qkv.core.attend import CHUNK_ELEMENTS, causal_mask, sdpa
 from qkv.core.cache import Geometry, Now, Step
-from qkv.core.errors import InvalidInput, InvalidParameter, Refused, StateError
+from qkv.core.errors import Refused, StateError
 from qkv.core.kernel import kernel
 
-BITS = (2, 4, 8, 16)
-"""Widths of a code; 16 stands for the value itself, unchanged."""
 BLOCK_ELEMENTS = 1 << 20  # codes held in floating point at once
-PIECE = 4096  # tokens quantised at once
-
-
-# -- bits -----------------------------------------------------------------------------------------------------------
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes ``[..., n]`` (integers below 2^bits) to int32 words ``[..., ceil(n * bits / 32)]``, element j at bits j * bits.
-
-    Raises `InvalidParameter` unless bits is 2, 4 or 8.
-    """
-    _check_bits(bits)
-    per, lanes = 32 // bits, 8 // bits
-    x = codes.to(torch.uint8)
-    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % per))
-    x = x.reshape(*x.shape[:-1], -1, lanes)
-    out = x[..., 0]
-    for lane in range(1, lanes):
-        out = out | (x[..., lane] << (lane * bits))
-    return out.contiguous().view(torch.int32)
-
-
-def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes ``[..., count]`` (uint8) of words ``[..., W]``: the inverse of `pack_bits`.
-
-    The bytes of a word are spread over wider integers with shifts, so that the codes come out in place, one per byte.
-    """
-    _check_bits(bits)
-    if words.dtype != torch.int32 or words.shape[-1] * 32 // bits < count:
-        raise InvalidInput(
-            f"{count} codes of {bits} bits need int32 words [..., {-(-count * bits // 32)}], got {words.dtype} "
-            f"{tuple(words.shape)}"
-        )
-    x = words.contiguous().view(torch.uint8)
-    if bits == 4:
-        y = x.to(torch.int16)
-        x = ((y | y << 4) & 0x0F0F).view(torch.uint8)
-    elif bits == 2:
-        y = x.to(torch.int32)
-        x = ((y | y << 6 | y << 12 | y << 18) & 0x03030303).view(torch.uint8)
-    return x[..., :count]
-
-
-def _check_bits(bits: int) -> None:
-    if bits not in (2, 4, 8):
-        raise InvalidParameter(f"codes of {bits} bits cannot be packed; choose 2, 4 or 8")
-
-
-# -- groups ---------------------------------------------------------------------------------------------------------
-
-
-def _quantize(x: Tensor, bits: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups ``[..., g]`` to codes uint8 ``[..., g]``, scale and zero ``[...]`` of `dtype` (None: at least float32)."""
-    _check_bits(bits)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dtype = wide if dtype is None else dtype
-    x, top, most = x.to(wide), 2**bits - 1, torch.finfo(dtype).max
-    low, high = x.amin(-1), x.amax(-1)
-    zero = low.clamp(-most, most).to(dtype)
-    scale = ((high - low) / top).clamp(max=most).to(dtype)
-    flat = scale == 0
-    scale = scale.masked_fill(flat, 1)
-    codes = ((x - zero.to(wide).unsqueeze(-1)) / scale.to(wide).unsqueeze(-1)).clamp(0, top).round()
-    return codes.masked_fill(flat.unsqueeze(-1), 0).to(torch.uint8), scale, zero
-
-
-def quantize_per_channel_tokens(
-    x: Tensor, bits: int, group: int, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys ``[..., T, D]``: one range per channel and `group` consecutive tokens.
-
-    Returns codes uint8 ``[..., T / group, D, group]``, scale and zero ``[..., T / group, D]`` of `dtype` (None: at least
-    float32). Raises `InvalidInput` unless group divides T.
-    """
-    _divides(x, -2, group, "tokens")
-    return _quantize(x.unflatten(-2, (-1, group)).mT, bits, dtype)
-
-
-def quantize_per_token_channels(
-    x: Tensor, bits: int, group: int, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values ``[..., T, E]``: one range per token and `group` consecutive channels.
-
-    Returns codes uint8 ``[..., T, E / group, group]``, scale and zero ``[..., T, E / group]`` of `dtype` (None: at least
-    float32). Raises `InvalidInput` unless group divides E.
-    """
-    _divides(x, -1, group, "channels")
-    return _quantize(x.unflatten(-1, (-1, group)), bits, dtype)
-
-
-def dequantize_per_channel_tokens(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """``[..., T, D]`` from what `quantize_per_channel_tokens` returned."""
-    return (codes.to(scale.dtype) * scale.unsqueeze(-1) + zero.unsqueeze(-1)).mT.flatten(-3, -2)
-
-
-def dequantize_per_token_channels(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """``[..., T, E]`` from what `quantize_per_token_channels` returned."""
-    return (codes.to(scale.dtype) * scale.unsqueeze(-1) + zero.unsqueeze(-1)).flatten(-2)
-
-
-def _divides(x: Tensor, axis: int, group: int, what: str) -> None:
-    if x.ndim < 2 or x.shape[axis] % group or not x.is_floating_point():
-        raise InvalidInput(
-            f"groups of {group} {what} do not divide {tuple(x.shape)} ({x.dtype}): expected floating-point [..., T, D] with a "
-            "multiple of the group"
-        )
 
 
 # -- the quantised part ---------------------------------------------------------------------------------------------
