@@ -101,7 +101,9 @@ class View:
 
     keys ``[B, G, S, D]``, values ``[B, G, S, E]``, position ``[B, G, S]`` (-1 = padding or empty), mass ``[B, H, S]``
     attention drawn from the queries the policy asked for (None if it asked for none), keep ``[B, 1, 1]`` the row's
-    budget in tokens, queries ``[B, H, N, D]`` of this call, newest ``[B, 1, 1]`` the row's newest position.
+    budget in tokens, queries ``[B, H, N, D]`` of this call, newest ``[B, 1, 1]`` the row's newest position. rows
+    ``[B, H, R, S]`` attention of each of the newest R queries, where the policy asked for it (0 from padding), and asked
+    ``[B, R]`` their positions (-1 = padding).
     """
 
     keys: Tensor
@@ -111,6 +113,8 @@ class View:
     newest: Tensor
     queries: Tensor
     mass: Tensor | None = None
+    rows: Tensor | None = None
+    asked: Tensor | None = None
 
     @property
     def order(self) -> Tensor:
@@ -130,7 +134,7 @@ class CacheSpec(Spec):
     """Facts about a cache method.
 
     evicts: tokens are lost for good. by_position: slots are ranked by position alone, so all heads keep the same tokens.
-    slot_state: float32 numbers kept per slot and KV head. exact_chunks: one-shot,
+    slot_state: float32 numbers kept per slot and KV head (`Policy.width`, where settings decide). exact_chunks: one-shot,
     chunked and token-by-token prefill give the same result (policies that rank by position); others evict at
     different times by design.
     """
@@ -279,6 +283,29 @@ class Policy(CacheMethod):
         """Slots kept per head for a prompt of `tokens` real tokens; default: the `budget` parameter."""
         return budget_slots(getattr(self, "budget"), tokens)  # noqa: B009
 
+    def slots_at(self, tokens: int, geometry: Geometry) -> int:
+        """Slots kept per head at one site; where layers differ, the mean over the layers is `slots`."""
+        return self.slots(tokens)
+
+    def width(self, geometry: Geometry) -> int:
+        """Numbers of state per slot and KV head, where settings or the site decide; default: `spec.slot_state`."""
+        return self.spec.slot_state
+
+    def lag(self) -> int:
+        """Decoded tokens that may be held above the budget before a step evicts down to it; 0: every step evicts.
+
+        `NO_LIMIT`: decoded tokens stay until the next block.
+        """
+        return 0
+
+    def whole_prompt(self) -> bool:
+        """Whether a prompt that comes in pieces is evicted once, at its end: then pieces give what one block gives.
+
+        Until then it is held whole. It needs the host to announce the prompt's length; a block that was not announced is a
+        prompt of its own. Such a policy asks for a bounded number of queries.
+        """
+        return False
+
     def chunk(self, keep: int) -> int | None:
         """Largest block absorbed before evicting, or None for any: longer prompts are cut into such blocks."""
         return None
@@ -287,12 +314,20 @@ class Policy(CacheMethod):
         """How many of the newest queries of a call should be summed into `View.mass` (0 = none needed)."""
         return 0
 
+    def row_queries(self, new: int) -> int:
+        """How many of the newest queries of a call should be given one by one in `View.rows` (0 = none needed)."""
+        return 0
+
     def visible(self, query: Tensor, position: Tensor) -> Tensor | None:
         """Extra mask ``[B, G, N, S]`` inside a block, from query positions ``[B, N]`` and slot positions ``[B, G, S]``, or None.
 
         A single decoding step reads every stored slot.
         """
         return None
+
+    def sees(self, geometry: Geometry, query: Tensor, position: Tensor) -> Tensor | None:
+        """See `visible`."""
+        return self.visible(query, position)
 
     def shift(self, view: View) -> Tensor | None:
         """Positions ``[B, G, S]`` by which each stored key is moved forward before it is read, or None."""

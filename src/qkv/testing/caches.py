@@ -309,7 +309,7 @@ def _masked(method: CacheMethod, tokens: Stream, before: Tensor | None, at: slic
     n, m = at.stop - at.start, at.stop
     lower = torch.arange(m, device=seen.device) <= torch.arange(m - n, m, device=seen.device)[:, None]
     mask = seen[:, :, None] & lower
-    extra = method.visible(position[:, at], column) if isinstance(method, Policy) else None
+    extra = method.sees(site(), position[:, at], column)
     if extra is not None:
         mask = mask & extra
     keys = tokens.k[:, :, :m]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qkv.core.attend import sdpa
-from qkv.core.cache import Geometry, LayerCache, Now, Step
+from qkv.core.cache import Compute, Geometry, LayerCache, Now, Step
 from qkv.core.errors import StateError
 from qkv.core.kernel import kernel
 
@@ -33,7 +33,11 @@ def rearranged(x: Tensor, rows: Tensor) -> Tensor:
 
 @final
 class DenseCache(LayerCache):
-    """Keys ``[B, G, capacity, D]`` and values ``[B, G, capacity, E]``; the slot of a token is its logical column."""
+    """Keys ``[B, G, capacity, D]`` and values ``[B, G, capacity, E]``; the slot of a token is its logical column.
+
+    tree: what computes blocks that come with a mask of their own, set by a decoding loop whose masks hide nothing before the
+    block; None: plain attention.
+    """
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
@@ -45,6 +49,7 @@ class DenseCache(LayerCache):
         self.values: Tensor | None = None
         self.padding: Tensor | None = None
         self.left_padded = True
+        self.tree: Compute | None = None
         self.room = 0
         self.seen = 0
 
@@ -63,7 +68,8 @@ class DenseCache(LayerCache):
         mask = None if step.padding is None else step.padding[:, None, None, :]
         if step.mask is not None:
             mask = step.mask if mask is None else mask & step.mask
-        return (step.compute or sdpa)(
+        own = self.tree if step.mask is not None and step.padding is None and not first else None
+        return (step.compute or own or sdpa)(
             q, keys, values, mask=mask, causal=step.causal and step.mask is None, scale=step.scale
         )
 
@@ -133,8 +139,9 @@ class DenseCache(LayerCache):
             self.padding = self.padding.index_select(0, rows.to(self.padding.device))
 
     def bytes(self) -> int:
-        """Bytes of the buffers, unused capacity included."""
-        return sum(x.numel() * x.element_size() for x in (self.keys, self.values) if x is not None)
+        """Bytes of the buffers, unused capacity included, and of the host's padding mask where there is one."""
+        mask = 0 if self.padding is None else self.padding.untyped_storage().nbytes()
+        return mask + sum(x.numel() * x.element_size() for x in (self.keys, self.values) if x is not None)
 
     def kept(self) -> int:
         """All tokens seen."""
@@ -155,7 +162,8 @@ class DenseCache(LayerCache):
         """Keys and values of the tokens seen, and the padding mask."""
         if self.keys is None or self.values is None:
             return {}
-        out = {"keys": self.keys[:, :, : self.seen].contiguous(), "values": self.values[:, :, : self.seen].contiguous()}
+        keys, values = (x[:, :, : self.seen].clone(memory_format=torch.contiguous_format) for x in (self.keys, self.values))
+        out = {"keys": keys, "values": values}
         return out if self.padding is None else out | {"padding": self.padding}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -163,5 +171,6 @@ class DenseCache(LayerCache):
         self.reset()
         if tensors:
             self.keys, self.values = tensors["keys"].clone(), tensors["values"].clone()
-            self.padding = tensors.get("padding")
+            self.padding = real = tensors.get("padding")
+            self.left_padded = real is None or bool((real[:, 1:] | ~real[:, :-1]).all())
             self.seen = self.keys.shape[2]
