@@ -1,0 +1,500 @@
+"""The whole history of every row, of which a decoding step reads what its `Reader` chooses.
+
+Rows are stored from slot 0 on without their padding, so the slot of a token is its position and blocks lie alike in every row,
+padded or not. What was not chosen is not touched: blocks are gathered by number (on CUDA read in place by a kernel).
+
+Axes: B batch, H query heads, G key/value heads, A heads that choose (G or H), N queries, S slots, P blocks, C slots of a block,
+K chosen blocks, D head width, E value width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from qkv.caches._stores.dense import grown, rearranged, resized
+from qkv.caches._stores.recording import Recording, cut
+from qkv.core.attend import sdpa
+from qkv.core.cache import Geometry, Step
+from qkv.core.errors import Refused, StateError
+from qkv.core.reader import Blocks, Reader, Reading, Selection, kept_blocks
+
+PIECE = 1 << 24  # gathered elements held at once
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What one call read. slot: int64 ``[B, A, N or 1, K * C]`` slots, -1 = none, or None: everything. shift: how far each key
+    was rotated, or None.
+    """
+
+    slot: Tensor | None
+    shift: Tensor | None = None
+
+
+@final
+class SelectiveCache(Recording):
+    """Keys ``[B, G, capacity, D]``, values, what the reader keeps beside them, and how many tokens each row holds."""
+
+    def __init__(self, reader: Reader, geometry: Geometry) -> None:
+        self.reader, self.geometry = reader, geometry
+        self.block = reader.block()
+        self.indexes = not reader.dense(geometry) and type(reader).features is not Reader.features
+        self.watch: Callable[[Read], None] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.queries: Tensor | None = None  # [B, H, 2 C, D] of the newest two blocks, by slot modulo 2 C
+        self.features: dict[str, Tensor] = {}
+        self.notes: dict[str, Tensor] = {}
+        self.columns: Tensor | None = None  # [B, room] int32 slot of each logical column, once a row was padded
+        self.lengths: list[int] = []
+        self.indexed: list[int] = []  # blocks of each row that `features` describes
+        self.room = 0
+        self.seen = 0
+        self.prompt = None
+        self.recording = False
+        self._forget_runs()
+
+    # -- one call -------------------------------------------------------------------------------------------------
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """See `LayerCache.attend`. A prompt attends to live tensors, so gradients flow through it."""
+        n = k.shape[2]
+        if self.recording and self.reader.stateful:
+            return self._provisional(q, k, v, step)
+        known = n if self.prompt is None and self.seen == 0 else min(n, max(0, (self.prompt or 0) - self.seen))
+        if not self.recording or n == 1 or known == n:
+            return self._absorb(q, k, v, step)
+        if not known:
+            return self._call(q, k, v, step, whole=False)
+        base = self.seen
+        parts = [
+            self._call(q[:, :, at], k[:, :, at], v[:, :, at], cut(step, base, at.start, at.stop), whole)
+            for at, whole in ((slice(0, known), True), (slice(known, n), False))
+        ]
+        return torch.cat(parts, 2)
+
+    def _absorb(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        n = k.shape[2]
+        return self._call(q, k, v, step, whole=n > 1 or self.seen + n <= (self.prompt or 0))
+
+    def _call(self, q: Tensor, k: Tensor, v: Tensor, step: Step, whole: bool) -> Tensor:
+        """whole: the tokens belong to a prompt; others are read as single steps would read them."""
+        window = self.reader.prefill(self.geometry) if whole else None
+        if (step.mask is not None or not step.causal) and (window is not None or not whole) and self.seen:
+            raise Refused(
+                f"{self.reader.id} chooses what a query reads and knows causal queries and padding only; it was given "
+                + ("a bidirectional call" if not step.causal else "a custom mask")
+            )
+        first, before = self.seen == 0, list(self.lengths)
+        place = self._append(k, v, step)  # [B, N] on the host
+        dense = self.reader.dense(self.geometry)
+        if not dense:
+            self._observe(q, place, step, whole and window is None)
+        if dense or (whole and window is None):
+            return self._whole(q, k, v, step, first)
+        if window is None:
+            return self._chosen(q, place, step)
+        return self._windows(q, place, step, window, before)
+
+    def _append(self, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """Store the tokens; returns their slots ``[B, N]`` int64 on the host, -1 = padding."""
+        b, n = k.shape[0], k.shape[2]
+        self.lengths, self.indexed = self.lengths or [0] * b, self.indexed or [0] * b
+        if step.padding is not None and self.columns is None:
+            self.columns = torch.arange(self.seen, dtype=torch.int32, device=k.device).expand(b, -1).clone()
+        if self.columns is None:
+            place = torch.arange(self.seen, self.seen + n).expand(b, n)
+            counts = [n] * b
+        else:
+            place = step.position.to("cpu", torch.int64)
+            counts = (place >= 0).sum(-1).tolist()
+        after = [a + c for a, c in zip(self.lengths, counts, strict=True)]
+        self._reserve(k, v, max(after))
+        assert self.keys is not None and self.values is not None
+        for store, new in ((self.keys, k.detach()), (self.values, v.detach())):
+            if self.columns is None:
+                store[:, :, self.seen : self.seen + n] = new
+            else:
+                row, column = (place >= 0).nonzero(as_tuple=True)
+                at = place[row, column].to(k.device)
+                row, column = row.to(k.device), column.to(k.device)
+                store[row, :, at] = new[row, :, column]
+        if self.columns is not None:
+            room = grown(self.columns.shape[1], max(self.seen + n, self.room))
+            if room != self.columns.shape[1]:
+                self.columns = resized(self.columns[:, None], room, self.seen, -1)[:, 0]
+            self.columns[:, self.seen : self.seen + n] = step.position
+        self.lengths, self.seen = after, self.seen + n
+        return place
+
+    def _reserve(self, k: Tensor, v: Tensor, tokens: int) -> None:
+        """Room for `tokens` slots per row, in whole blocks."""
+        c = self.block
+        if self.keys is None or self.values is None:
+            capacity = -(-max(tokens, self.room) // c) * c
+            self.keys = k.new_zeros((*k.shape[:2], capacity, k.shape[3]))
+            self.values = v.new_zeros((*v.shape[:2], capacity, v.shape[3]))
+            return
+        capacity = -(-grown(self.keys.shape[2], tokens) // c) * c
+        if capacity != self.keys.shape[2]:
+            used = self.keys.shape[2]
+            self.keys, self.values = (resized(x, capacity, used) for x in (self.keys, self.values))
+            self.features = {name: resized(x, capacity // c, x.shape[2]) for name, x in self.features.items()}
+
+    # -- the index ------------------------------------------------------------------------------------------------
+
+    def _observe(self, q: Tensor, place: Tensor, step: Step, whole: bool) -> None:
+        """Tell the reader of the call, then index the blocks that it completed."""
+        if type(self.reader).observe is not Reader.observe:
+            self.reader.observe(self._view(q, place, step.scale, whole))
+        if self.indexes:
+            self._index(q, place)
+
+    def _index(self, q: Tensor, place: Tensor) -> None:
+        assert self.keys is not None and self.values is not None
+        c, ready = self.block, self.reader.ready()
+        stop = [n // c if n >= ready else i for n, i in zip(self.lengths, self.indexed, strict=True)]
+        start = [min(i, s) for i, s in zip(self.indexed, stop, strict=True)]
+        width = max(s - i for s, i in zip(stop, start, strict=True))
+        recent = self._recent_queries(q, place) if self.reader.wants_queries else None
+        if not width:
+            return
+        device, b = self.keys.device, len(stop)
+        even = len(set(start)) == 1 and len(set(stop)) == 1
+        at = torch.tensor(start)[:, None] + torch.arange(width)  # [B, P'] on the host
+        live = None if even else (at < torch.tensor(stop)[:, None]).to(device)
+        at = at.clamp(max=max(0, self.keys.shape[2] // c - 1)).to(device)
+        slot = (at[:, None, :, None] * c + torch.arange(c, device=device)).expand(b, 1, width, c)
+
+        def blocks(x: Tensor) -> Tensor:
+            part = x[:, :, start[0] * c : stop[0] * c] if even else _take(x, slot.flatten(2).expand(-1, x.shape[1], -1))
+            return part.reshape(b, x.shape[1], width, c, x.shape[3])
+
+        queries = None if recent is None else recent(slot[:, 0].flatten(1)).reshape(b, -1, width, c, q.shape[3])
+        made = self.reader.features(
+            Blocks(blocks(self.keys), blocks(self.values), queries, slot, self.geometry, self.notes)
+        )
+        for name, new in made.items():
+            if name not in self.features:
+                self.features[name] = new.new_zeros((*new.shape[:2], self.keys.shape[2] // c, *new.shape[3:]))
+            store = self.features[name]
+            if even:
+                store[:, :, start[0] : stop[0]] = new
+            else:
+                assert live is not None
+                row, column = live.nonzero(as_tuple=True)
+                store[row, :, at[row, column]] = new[row, :, column]
+        self.indexed = stop
+
+    def _recent_queries(self, q: Tensor, place: Tensor) -> Callable[[Tensor], Tensor]:
+        """Keep the queries of the newest two blocks; returns what gives the queries ``[B, H, L, D]`` of slots ``[B, L]``."""
+        b, h, _, d = q.shape
+        ring = 2 * self.block
+        old = q.new_zeros(b, h, ring, d) if self.queries is None else self.queries
+        order = (place < 0).to(torch.int8).argsort(dim=-1, stable=True)  # real tokens first, in order
+        new = q.detach() if self.columns is None else _take(q.detach(), order.to(q.device)[:, None].expand(-1, h, -1))
+        both = torch.cat((old, new), 2)
+        length = torch.tensor(self.lengths)
+        begin = (length - (place >= 0).sum(-1))[:, None].to(q.device)  # [B, 1] first new slot
+
+        def at(slot: Tensor) -> Tensor:
+            where = torch.where(slot >= begin, ring + slot - begin, slot % ring).clamp(0, both.shape[2] - 1)
+            return _take(both, where[:, None].expand(-1, h, -1))
+
+        newest = length[:, None] - 1
+        slots = newest - (newest - torch.arange(ring)) % ring  # the newest slot of each place of the ring
+        self.queries = at(slots.clamp(min=0).to(q.device))
+        return at
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def _view(self, q: Tensor, place: Tensor, scale: float, whole: bool = False) -> Reading:
+        """The call as the reader sees it; place ``[B, N]`` on the host."""
+        assert self.keys is not None and self.values is not None
+        c, used = self.block, -(-max(self.lengths) // self.block)
+        place = place.contiguous()
+        real = place >= 0
+        tokens = place + 1
+        most = int(kept_blocks(self._reads(tokens), tokens, c).max())
+        position = place.to(q.device)
+        if not bool(real.all()):
+            q = q.masked_fill(~real.to(q.device)[:, None, :, None], 0)
+        since = int(place.masked_fill(~real, 1 << 60).min())
+        return Reading(
+            q, position, self.keys[:, :, : used * c], self.values[:, :, : used * c],
+            {name: x[:, :, :used] for name, x in self.features.items()}, c, max(1, most), since, whole, scale, self.geometry,
+            self.notes, {} if self.board is None else self.board.notes,
+        )  # fmt: skip
+
+    def _reads(self, tokens: Tensor) -> Tensor:
+        """What the budget allows; a reader that overrides `choose` without one may read everything."""
+        return self.reader.reads(tokens)
+
+    def _chosen(self, q: Tensor, place: Tensor, step: Step) -> Tensor:
+        """Queries ``[B, H, N, D]`` that each read what was chosen for them."""
+        tokens = place + 1
+        if bool((self._reads(tokens) >= tokens).all()):
+            return self._everything(q, place, step)
+        view = self._view(q, place, step.scale)
+        selection = self.reader.choose(view)
+        return self._everything(q, place, step) if selection is None else self._gathered(view, selection, step)
+
+    def _windows(self, q: Tensor, place: Tensor, step: Step, window: int, before: list[int]) -> Tensor:
+        """A prompt, `window` queries at a time; windows begin at multiples of `window` in every row."""
+        b, h, n, _ = q.shape
+        assert self.values is not None
+        out = q.new_zeros(b, h, n, self.values.shape[3])
+        real = place >= 0
+        base, count = torch.tensor(before or [0] * b)[:, None], real.sum(-1, keepdim=True)
+        order = (~real).to(torch.int8).argsort(dim=-1, stable=True)  # column of each row's i-th new token
+        live = count > 0
+        if not bool(live.any()):
+            return out
+        low, high = int(base[live].min()) // window, int((base + count - 1)[live].max()) // window
+        for w in range(low, high + 1):
+            slot = w * window + torch.arange(window)
+            i = slot - base  # [B, W] which new token of its row
+            mine = (i >= 0) & (i < count)
+            column = order.gather(1, i.clamp(0, n - 1))
+            keep = mine.any(0)
+            column, mine, slot = column[:, keep], mine[:, keep], slot[keep]
+            if not mine.shape[1]:
+                continue
+            part = _take(q, column[:, None].expand(-1, h, -1).to(q.device))
+            got = self._chosen(part, torch.where(mine, slot, -1), step)
+            row, at = mine.nonzero(as_tuple=True)
+            to = column[row, at].to(q.device)
+            row, at = row.to(q.device), at.to(q.device)
+            out[row, :, to] = got[row, :, at]
+        return out
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, step: Step, first: bool) -> Tensor:
+        """A call in full, in logical columns: the same attention as a plain cache gives."""
+        assert self.keys is not None and self.values is not None
+        if self.watch is not None:
+            self.watch(Read(None))
+        mask = None if step.padding is None else step.padding[:, None, None, :]
+        if first:
+            keys, values = k, v
+        elif self.columns is None:
+            keys, values = self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
+        else:
+            at = self.columns[:, None, : self.seen].clamp(min=0).long().expand(-1, k.shape[1], -1)
+            keys, values = _take(self.keys, at), _take(self.values, at)
+            mask = (self.columns[:, None, None, : self.seen] >= 0) if mask is None else mask
+        if step.mask is not None:
+            mask = step.mask if mask is None else mask & step.mask
+        return (step.compute or sdpa)(
+            q, keys, values, mask=mask, causal=step.causal and step.mask is None, scale=step.scale
+        )
+
+    def _everything(self, q: Tensor, place: Tensor, step: Step) -> Tensor:
+        """Each query reads all that precedes it, in slots."""
+        assert self.keys is not None and self.values is not None
+        if self.watch is not None:
+            self.watch(Read(None))
+        used = max(self.lengths)
+        mask = None
+        if self.columns is not None or q.shape[2] > 1:
+            slot = torch.arange(used, device=q.device)
+            mask = slot <= place.to(q.device)[:, None, :, None]
+        return (step.compute or sdpa)(
+            q, self.keys[:, :, :used], self.values[:, :, :used], mask=mask, causal=False, scale=step.scale
+        )
+
+    def _gathered(self, view: Reading, selection: Selection, step: Step) -> Tensor:
+        """Attention over the chosen blocks alone."""
+        moved = type(self.reader).shift is not Reader.shift
+        if moved or self.reader.ordered:
+            selection = selection.ordered()
+        b, _, n, _ = view.queries.shape
+        shared = selection.index.shape[2] == 1
+        per = 1 if shared else max(1, PIECE // (b * selection.index.shape[1] * selection.index.shape[3] * self.block
+                                                * view.keys.shape[3]))  # fmt: skip
+        if shared or n <= per:
+            return self._piece(view.queries, view.position, view, selection, step, moved)
+        outs = []
+        for start in range(0, n, per):
+            at = slice(start, min(n, start + per))
+            some = Selection(selection.index[:, :, at], None if selection.valid is None else selection.valid[:, :, at])
+            outs.append(self._piece(view.queries[:, :, at], view.position[:, at], view, some, step, moved))
+        return torch.cat(outs, 2)
+
+    def _piece(
+        self, q: Tensor, position: Tensor, view: Reading, selection: Selection, step: Step, moved: bool
+    ) -> Tensor:
+        assert self.keys is not None and self.values is not None
+        b, h, n, d = q.shape
+        a, m, k = selection.index.shape[1:]
+        c, e = self.block, self.values.shape[3]
+        slot = (
+            selection.index
+            if c == 1
+            else (selection.index.unsqueeze(-1) * c + torch.arange(c, device=q.device)).flatten(3)
+        )
+        seen = slot <= position[:, None, :, None]  # [B, A, N, K C]
+        if selection.valid is not None:
+            valid = selection.valid if c == 1 else selection.valid.repeat_interleave(c, -1)
+            seen = seen & valid
+        listed = torch.where(seen.any(2, keepdim=True) if m == 1 else seen, slot, -1)  # [B, A, M, K C]
+        shift = None
+        if moved:
+            part = dataclasses.replace(view, queries=q, position=position)
+            shift = self.reader.shift(part, listed)
+        if self.watch is not None:
+            self.watch(Read(listed, shift))
+        keys, values = (self._fetch(x, selection.index) for x in (self.keys, self.values))  # [B, A, M * K * C, .]
+        if shift is not None:
+            assert self.geometry.rope is not None
+            keys = self.geometry.rope.rotate(keys, shift.masked_fill(listed < 0, 0).flatten(2))
+        compute = step.compute or sdpa
+        if m == 1:
+            return compute(q, keys, values, mask=seen, causal=False, scale=step.scale)
+        keys, values = (
+            x.reshape(b, a, n, k * c, -1).transpose(1, 2).reshape(b * n, a, k * c, -1) for x in (keys, values)
+        )
+        single = q.transpose(1, 2).reshape(b * n, h, 1, d)
+        out = compute(single, keys, values, mask=seen.transpose(1, 2).reshape(b * n, a, 1, k * c), causal=False,
+                      scale=step.scale)  # fmt: skip
+        return out.reshape(b, n, h, e).transpose(1, 2)
+
+    def _fetch(self, x: Tensor, index: Tensor) -> Tensor:
+        """Blocks ``[B, A, M, K]`` of a store ``[B, G, S, D]`` as ``[B, A, M * K * C, D]``; no others are touched."""
+        b, g, s, d = x.shape
+        a, c = index.shape[1], self.block
+        p = s // c
+        head = torch.arange(b * g, device=x.device).reshape(b, g, 1).expand(b, g, a // g).reshape(b, a, 1, 1) * p
+        flat = (index + head).flatten()
+        return x.view(b * g * p, c * d).index_select(0, flat).view(b, a, -1, d)
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def reserve(self, tokens: int) -> None:
+        """Allocate room for `tokens` at once, so that decoding never moves the buffers."""
+        self.room = tokens
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest `tokens` exactly; a reader with notes takes back only what was recorded."""
+        if tokens > self.seen:
+            raise StateError(f"cannot forget {tokens} tokens of a cache that holds {self.seen}")
+        if not self.reader.stateful:
+            self._truncate(self.seen - tokens)
+        elif tokens > self.unsettled:
+            raise StateError(
+                f"{self.reader.id}: cannot take back {tokens} tokens, {self.unsettled} are recorded: what was chosen since "
+                "depends on them; call record() before speculation"
+            )
+        else:
+            self._take_back(tokens)
+
+    def _truncate(self, columns: int) -> None:
+        if columns == 0:
+            kept = {name: getattr(self, name) for name in ("room", "prompt", "recording", "watch")}
+            self.reset()
+            vars(self).update(kept)
+            return
+        if self.reader.wants_queries and not self.reader.stateful and self.seen - columns > self.block:
+            raise StateError(
+                f"{self.reader.id}: cannot forget {self.seen - columns} tokens: the queries of {self.block} older ones are kept"
+            )
+        if self.columns is None:
+            self.lengths = [columns] * len(self.lengths)
+        elif columns < self.seen:
+            self.lengths = (self.columns[:, :columns] >= 0).sum(-1).tolist()
+        ready, c = self.reader.ready(), self.block
+        self.indexed = [min(i, n // c) if n >= ready else 0 for i, n in zip(self.indexed, self.lengths, strict=True)]
+        self.seen = columns
+
+    def _snapshot(self) -> Any:
+        return self.seen, dict(self.notes), self.queries
+
+    def _go_back(self, snapshot: Any) -> None:
+        seen, notes, queries = snapshot
+        if seen != self.seen:
+            self._truncate(seen)
+        self.notes, self.queries = dict(notes), queries
+
+    def select(self, rows: Tensor) -> None:
+        """See `LayerCache.select`."""
+        self._refuse_beams()
+        if self.keys is None:
+            return
+        for name in ("keys", "values", "queries", "columns"):
+            x = getattr(self, name)
+            if x is not None:
+                setattr(self, name, rearranged(x, rows))
+        self.features = {name: rearranged(x, rows) for name, x in self.features.items()}
+        self.notes = {name: x.index_select(0, rows.to(x.device)) for name, x in self.notes.items()}
+        order = rows.tolist()
+        self.lengths, self.indexed = [self.lengths[r] for r in order], [self.indexed[r] for r in order]
+
+    def _held(self) -> Iterator[Tensor]:
+        yield from (x for x in (self.keys, self.values, self.queries, self.columns) if x is not None)
+        yield from self.features.values()
+        yield from self.notes.values()
+        yield from self._recorded()
+
+    def bytes(self) -> int:
+        """Bytes of all storages held: keys, values, the index, notes, unused capacity included."""
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self._held()}
+        return sum(held.values())
+
+    def kept(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths, default=0)
+
+    def positions(self) -> Tensor:
+        """``[B, G, S]``."""
+        if self.keys is None:
+            raise StateError("the cache is empty")
+        slot = torch.arange(self.kept(), device=self.keys.device)
+        mine = slot < torch.tensor(self.lengths, device=self.keys.device)[:, None]
+        return torch.where(mine, slot, -1)[:, None].expand(-1, self.keys.shape[1], -1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Keys, values, index and notes of the tokens seen, and how many each row holds."""
+        if self.keys is None or self.values is None:
+            return {}
+        p = -(-self.kept() // self.block)
+        out = {
+            "keys": self.keys[:, :, : p * self.block].clone(),
+            "values": self.values[:, :, : p * self.block].clone(),
+            "lengths": torch.tensor([self.lengths, self.indexed]),
+        }
+        if self.columns is not None:
+            out["columns"] = self.columns[:, : self.seen].clone()
+        if self.queries is not None:
+            out["queries"] = self.queries.clone()
+        out |= {f"feature.{name}": x[:, :, :p].clone() for name, x in self.features.items()}
+        return out | {f"note.{name}": x.clone() for name, x in self.notes.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `LayerCache.restore`."""
+        self.reset()
+        if not tensors:
+            return
+        copies = {name: x.clone() for name, x in tensors.items()}
+        self.keys, self.values = copies["keys"], copies["values"]
+        self.columns, self.queries = copies.get("columns"), copies.get("queries")
+        self.lengths, self.indexed = copies["lengths"].tolist()
+        self.seen = max(self.lengths) if self.columns is None else self.columns.shape[1]
+        self.features = {name[8:]: x for name, x in copies.items() if name.startswith("feature.")}
+        self.notes = {name[5:]: x for name, x in copies.items() if name.startswith("note.")}
+
+
+def _take(x: Tensor, at: Tensor) -> Tensor:
+    """Rows ``[B, G, L]`` of ``[B, G, S, D]``."""
+    return x.gather(2, at.unsqueeze(-1).expand(*at.shape, x.shape[3]))
+
+
+__all__ = ["Read", "SelectiveCache"]
