@@ -19,6 +19,7 @@ from torch import Tensor
 from qkv.core.errors import InvalidInput
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once (64 MiB in float32)
+CHUNK_ELEMENTS_CPU = 1 << 20  # the same on a CPU, where a chunk should stay near the last cache
 
 
 class Attended(NamedTuple):
@@ -109,27 +110,45 @@ def attend(
     if mask is not None:
         mask = _grouped(mask, b, h, g, n, m)
     qg = q.reshape(b, g, r, n, d)
-    kt = k.unsqueeze(2).mT  # [B, G, 1, D, M]
-    rows = max(1, min(n, CHUNK_ELEMENTS // max(1, b * h * m)))
-    outs, lses, drawn = [], [], None
+    kt = k.mT
+    rows = max(1, min(n, (CHUNK_ELEMENTS if q.is_cuda else CHUNK_ELEMENTS_CPU) // max(1, b * h * m)))
+    drawn = q.new_zeros((b, h, m), dtype=wide) if mass else None
+    outs, lses = [], []
     for start in range(0, n, rows):
         stop = min(n, start + rows)
-        logits = ((qg[:, :, :, start:stop] * scale) @ kt).to(wide)  # [B, G, R, C, M]
-        allowed = None if mask is None else (mask if mask.shape[-2] == 1 else mask[..., start:stop, :])
+        seen = stop + (m - n) if causal else m  # keys past the last query of the chunk are not touched
+        part = (qg[:, :, :, start:stop] * scale).reshape(b, g, -1, d)  # a group's heads are rows: keys are not repeated
+        logits = (part @ kt[..., :seen]).to(wide).reshape(b, g, r, stop - start, seen)
         if causal:
-            c = causal_mask(n, m, q.device, start, stop - start)
-            allowed = c if allowed is None else allowed & c
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, -torch.inf)
+            logits = _hide_later(logits, stop - start)
+        if mask is not None:
+            allowed = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
+            logits = logits.masked_fill(~(allowed if allowed.shape[-1] == 1 else allowed[..., :seen]), -torch.inf)
         lse = logits.logsumexp(-1)  # [B, G, R, C]
-        probs = (logits - torch.where(torch.isfinite(lse), lse, 0.0).unsqueeze(-1)).exp()
-        outs.append((probs.to(v.dtype) @ v.unsqueeze(2)).reshape(b, h, stop - start, -1))
+        shift = torch.where(torch.isfinite(lse), lse, 0.0).unsqueeze(-1)
+        # In place where no gradient needs the logits: the chunk is then read and written once.
+        probs = (logits - shift).exp() if logits.requires_grad else logits.sub_(shift).exp_()
+        outs.append((probs.to(v.dtype).reshape(b, g, -1, seen) @ v[:, :, :seen]).reshape(b, h, stop - start, -1))
         lses.append(lse.reshape(b, h, -1))
-        if mass:
+        if drawn is not None:
             p = probs if mass_rows is None else probs * mass_rows[:, None, None, start:stop, None]
-            part = p.sum(-2).reshape(b, h, m)
-            drawn = part if drawn is None else drawn + part
+            part = p.sum(-2).reshape(b, h, seen)
+            drawn = drawn + F.pad(part, (0, m - seen)) if part.requires_grad else _added(drawn, part)
     return Attended(torch.cat(outs, 2), torch.cat(lses, 2), drawn)
+
+
+def _hide_later(logits: Tensor, rows: int) -> Tensor:
+    """A chunk's logits ``[..., rows, seen]`` without the keys after each query: only the last square needs a mask."""
+    later = torch.ones(rows, rows, dtype=torch.bool, device=logits.device).triu_(1)
+    if not logits.requires_grad:
+        logits[..., -rows:].masked_fill_(later, -torch.inf)
+        return logits
+    return torch.cat((logits[..., :-rows], logits[..., -rows:].masked_fill(later, -torch.inf)), -1)
+
+
+def _added(total: Tensor, part: Tensor) -> Tensor:
+    total[..., : part.shape[-1]] += part
+    return total
 
 
 def _grouped(mask: Tensor, b: int, h: int, g: int, n: int, m: int) -> Tensor:
@@ -167,6 +186,9 @@ def sdpa(
     g, m = k.shape[1:3]
     if mask is not None and mask.ndim < 4:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    width = v.shape[-1]
+    if width < d and not q.is_cuda:  # torch's fused CPU kernel wants one width: zeros do not change the other columns
+        v = F.pad(v, (0, d - width))
     if causal and n > 1 and (m != n or mask is not None):
         c = causal_mask(n, m, q.device)
         mask, causal = (c[None, None] if mask is None else mask & c), False
@@ -195,4 +217,5 @@ def sdpa(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=gqa
         )
         empty = None if mask is None else ~mask.any(-1, keepdim=True)
+    out = out[..., :width]
     return out if empty is None else out.masked_fill(empty, 0.0)
