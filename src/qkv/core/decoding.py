@@ -57,7 +57,7 @@ class Sampling:
         p = (wide / self.temperature).softmax(-1)
         if self.top_k is None and self.top_p is None:
             return p
-        order = p.argsort(-1, descending=True, stable=True)
+        order = p.argsort(dim=-1, descending=True, stable=True)
         ranked = p.gather(-1, order)
         if self.top_k is not None:
             ranked = torch.where(torch.arange(p.shape[-1], device=p.device) < self.top_k, ranked, 0.0)

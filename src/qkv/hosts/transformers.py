@@ -899,12 +899,12 @@ def fresh_cache(model: PreTrainedModel, prompt: int, *, room: int = 0, record: b
     session = model.__dict__.get(_ATTRIBUTE)
     if session is not None:
         session.adopt(cache, prompt=prompt)
-    for layer in cast(list[Any], cache.layers):
-        if isinstance(layer, QKVLayer):
-            if room:
+    if room:
+        for layer in cast(list[Any], cache.layers):
+            if isinstance(layer, QKVLayer):
                 layer.memory.reserve(room)
-            if record:
-                layer.activate_past_recording()
+    if record:
+        cache.activate_past_recording()
     return cache
 
 

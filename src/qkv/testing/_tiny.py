@@ -11,13 +11,17 @@ LAYERS, HEADS, KV_HEADS, VOCABULARY = 5, 6, 3, 61
 
 
 def decoder(
-    device: str = "cpu", seed: int = 0, dtype: torch.dtype = torch.float64, vocabulary: int = VOCABULARY
+    device: str = "cpu",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    vocabulary: int = VOCABULARY,
+    layers: int = LAYERS,
 ) -> Any:
-    """A random Llama of 5 layers, 6 query heads over 3 KV heads of width 8, with weights drawn large enough for sharp maps."""
+    """A random Llama, 6 query heads over 3 KV heads of width 8, with weights drawn large enough for sharp maps."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=48, intermediate_size=56, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        vocab_size=vocabulary, hidden_size=48, intermediate_size=56, num_hidden_layers=layers, num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS, head_dim=8, initializer_range=0.2, max_position_embeddings=256, bos_token_id=None,
         eos_token_id=None, pad_token_id=None,
     )  # fmt: skip

@@ -19,11 +19,12 @@ from qkv.core.errors import InvalidInput, Refused
 from qkv.testing._law import Case, expect, law, refuses, same
 from qkv.testing._tiny import VOCABULARY, decoder, snapshot, weights
 
-NEW = 23
+NEW = 15
+LAYERS = 3
 PADS = 4
 FEW = 5  # vocabulary of the sampling laws
-SAMPLES = 500
-DRAWN = 2  # tokens whose joint distribution is tested: FEW^DRAWN outcomes
+SAMPLES = 200
+DRAWN = 4  # tokens of a sample; the second and third, which are proposed and verified together, are tested
 SURE = 1e-4  # a chi-square this unlikely is a broken law; seeds are fixed, so it is no lottery
 
 
@@ -32,7 +33,7 @@ def subject(case: Case, vocabulary: int = VOCABULARY, seed: int = 0) -> Any:
     make = case.spec.model
     if make is not None:
         return make(case.device, torch.float64, seed, vocabulary)
-    return decoder(case.device, seed, vocabulary=vocabulary)
+    return decoder(case.device, seed, vocabulary=vocabulary, layers=1 if vocabulary == FEW else LAYERS)
 
 
 def prompts(case: Case, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor]:
@@ -119,24 +120,25 @@ def lossless_on_a_compressed_cache(case: Case) -> None:
     for cache in case.spec.caches:
         model = subject(case)
         found = examples(case, model)
+        some = list(found)[:1] + list(found)[2:3]
         with qkv.applied(model, cache):
             want = by_transformers(model, ids, mask, NEW)
-            for name, needs in found.items():
+            for name, needs in ((name, found[name]) for name in some):
                 got = case.method.generate(model, ids, attention_mask=mask, max_new_tokens=NEW, **needs)
                 equal(got, want, f"{cache}, {name}")
 
 
 def chances(model: Any, ids: Tensor, sampling: Sampling) -> Tensor:
-    """``[FEW ** DRAWN]``: the exact probability of every continuation of one prompt row."""
+    """``[FEW * FEW]``: the exact probability of every pair of second and third new token."""
     out = torch.ones(1, dtype=torch.float64, device=ids.device)
     texts = ids
-    for _ in range(DRAWN):
+    for _ in range(3):
         with torch.no_grad():
             p = sampling.probabilities(model(texts, use_cache=False).logits[:, -1]).double()
         out = (out[:, None] * p).reshape(-1)
         following = torch.arange(FEW, device=ids.device).repeat(len(texts))[:, None]
         texts = torch.cat((texts.repeat_interleave(FEW, 0), following), 1)
-    return out
+    return out.reshape(FEW, -1).sum(0)
 
 
 def unlikelihood(counts: Tensor, chance: Tensor) -> float:
@@ -163,22 +165,21 @@ def unlikelihood(counts: Tensor, chance: Tensor) -> float:
     expensive=True,
 )
 def lossless_sampling(case: Case) -> None:
-    """Chi-square over all continuations of two tokens from a vocabulary of 5, plain and with a restricted distribution."""
+    """Chi-square over two tokens from a vocabulary of 5: a random draft, and a contrary one under a restricted distribution."""
     model = subject(case, FEW, seed=1)
     ids = case.draw(6).integers(1, 7, high=FEW)
-    for name, needs in examples(case, model).items():
-        for sampling in (Sampling(1.0), Sampling(1.7, top_k=4)) if name == "random" else (Sampling(1.0),):
-            chance = chances(model, ids, sampling)
-            counts = torch.zeros_like(chance)
-            for seed in range(SAMPLES):
-                got = case.method.generate(
-                    model, ids, max_new_tokens=DRAWN, sampling=sampling, seed=seed, **needs
-                ).tokens[0]
-                counts[int((got * FEW ** torch.arange(DRAWN - 1, -1, -1, device=got.device)).sum())] += 1
-            p = unlikelihood(counts, chance)
-            expect(
-                p > SURE, f"{name}, {sampling}: {SAMPLES} samples have p = {p:.2g} under the model's own distribution"
-            )
+    found = list(examples(case, model).items())[:2]
+    if case.spec.model is None:
+        qkv.apply(model, "full")  # once, not in every generation
+    for (name, needs), sampling in zip(found, (Sampling(1.0), Sampling(1.7, top_k=4)), strict=False):
+        chance = chances(model, ids, sampling)
+        counts = torch.zeros_like(chance)
+        for seed in range(SAMPLES):
+            got = case.method.generate(model, ids, max_new_tokens=DRAWN, sampling=sampling, seed=seed, **needs)
+            _, second, third, _ = got.tokens[0].tolist()
+            counts[second * FEW + third] += 1
+        p = unlikelihood(counts, chance)
+        expect(p > SURE, f"{name}, {sampling}: {SAMPLES} samples have p = {p:.2g} under the model's own distribution")
 
 
 @law(
@@ -191,7 +192,7 @@ def ends_with_the_end_token(case: Case) -> None:
     """An end token in the middle of an accepted block must cut it; every number of new tokens is met exactly."""
     model, (ids, mask) = subject(case), prompts(case)
     want = plain(model, ids, mask, NEW)
-    for name, needs in examples(case, model).items():
+    for name, needs in list(examples(case, model).items())[-2:]:
         for row in range(len(ids)):
             one, pad = ids[row : row + 1], mask[row : row + 1]
             for at in (0, 3, NEW - 2):
