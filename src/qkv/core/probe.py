@@ -50,7 +50,8 @@ class Scene:
 
     says: one line. maps: ``[L, H, T, T]``, row q holds the attention of query q over keys 0..q. tokens: ``[T]`` the token
     that stands (or is generated) at each position. inputs: keywords of `Probe.run`. want: ``[L, H]`` the values its table
-    must hold.
+    must hold. edit: for probes that look at what heads do and not only where they look: changes the model in place, whose
+    heads write nothing otherwise (``layers[l].value [G, T, T]``, ``layers[l].out [H, T, T]``).
     """
 
     says: str
@@ -59,6 +60,7 @@ class Scene:
     inputs: Mapping[str, Any]
     want: Tensor
     atol: float = 1e-6
+    edit: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,6 +102,8 @@ def _measured(case: Case, scene: Scene) -> HeadTable:
 
     groups = scene.maps.shape[1] // KV_HEADS
     model: Any = scripted(scene.maps, scene.tokens, kv_heads=KV_HEADS)
+    if scene.edit is not None:
+        scene.edit(model)
     model = model.to(case.device)
     table = case.method.run(model, **scene.inputs).table
     want = tuple(scene.want.shape)
