@@ -264,6 +264,12 @@ class CacheMethod(Method):
         """None, or the reason why a site of this geometry cannot be served (no side effect)."""
         return None
 
+    def sees(self, geometry: Geometry, query: Tensor, position: Tensor) -> Tensor | None:
+        """By definition, what a block's queries ``[B, N]`` may see of tokens ``[B, G, S]`` beyond causality: bool
+        ``[B, G, N, S]``, or None for all that is stored and all of the block.
+        """
+        return None
+
     def remainder(self, q: Tensor, k: Tensor, v: Tensor, gone: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
         """By definition, what evicted tokens still give to queries: a part (out, lse) to be merged, or None for nothing.
 
