@@ -1,9 +1,10 @@
-"""Writes the method pages from the specifications and from the recorded results on real input.
+"""Writes the method pages from the specifications and from the recorded results, and the tables of kept benchmark runs.
 
-    python docs/generate.py            write docs/methods/*.md
+    python docs/generate.py            write docs/methods/*.md, docs/benchmarks.md and the table in README.md
     python docs/generate.py --check    change nothing; exit 1 and name the pages that are out of date
 
-A page is a function of the method's file and of benchmarks/results/real/<id>.json: edit those, never the page.
+A page is a function of the method's file and of benchmarks/results/real/<id>.json, a table one of benchmarks/results/bench/<run>
+(the folder that `qkv bench --out` made): edit those, never the page.
 """
 
 from __future__ import annotations
@@ -11,17 +12,23 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from qkv.bench.record import read_records
+from qkv.bench.report import place
+from qkv.bench.summary import Record, order, records
 from qkv.core import registry
 from qkv.core.spec import KINDS, Spec
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "methods"
+README_RUN = "smollm2-cpu"
+BENCH_COLUMNS = ("method", "KL to full, nats", "same top token", "perplexity", "passkey", "cache MB held", "of full",
+                 "first token s", "ms per token")  # fmt: skip
 
 KIND_SAYS = {
     "operator": "What is computed: attention operators as plain functions.",
@@ -59,12 +66,12 @@ SOURCE_SAYS = {
 
 def pages() -> dict[str, str]:
     """File name -> text, for every page."""
-    records = read_records(ROOT / "benchmarks" / "results" / "real")
+    measured = read_records(ROOT / "benchmarks" / "results" / "real")
     specs = registry.methods()
-    unknown = set(records) - {s.id for s in specs}
+    unknown = set(measured) - {s.id for s in specs}
     if unknown:
         raise SystemExit(f"results of methods that do not exist: {', '.join(sorted(unknown))}")
-    return {"index.md": _index(specs, records)} | {f"{s.id}.md": _page(s, records.get(s.id)) for s in specs}
+    return {"index.md": _index(specs, measured)} | {f"{s.id}.md": _page(s, measured.get(s.id)) for s in specs}
 
 
 def _index(specs: list[Spec], records: dict[str, Any]) -> str:
@@ -75,7 +82,14 @@ def _index(specs: list[Spec], records: dict[str, Any]) -> str:
         rows = [s for s in specs if s.kind == kind]
         if not rows:
             continue
-        out += [f"## {kind.capitalize()}", "", KIND_SAYS[kind], "", "| id | title | paper | measured |", "|---|---|---|---|"]
+        out += [
+            f"## {kind.capitalize()}",
+            "",
+            KIND_SAYS[kind],
+            "",
+            "| id | title | paper | measured |",
+            "|---|---|---|---|",
+        ]
         out += [f"| [`{s.id}`]({s.id}.md) | {_cell(s.title)} | {_paper(s.paper)} | {'✓' if s.id in records else ''} |"
                 for s in rows]  # fmt: skip
         out.append("")
@@ -97,6 +111,68 @@ def _page(spec: Spec, result: dict[str, Any] | None) -> str:
     if spec.honest:
         out += ["## Known limit", "", _prose(spec.honest), ""]
     return "\n".join(out).rstrip() + "\n"
+
+
+# -- kept runs of `qkv bench` ----------------------------------------------------------------------------------------------
+
+
+def _kept_run(folder: Path) -> str:
+    """The tables of one run and where it was taken."""
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = records(rows)
+    out = []
+    for context in sorted({r.context for r in found}):
+        out += [
+            f"{context} tokens of context",
+            "",
+            "| " + " | ".join(BENCH_COLUMNS) + " |",
+            "|---" * len(BENCH_COLUMNS) + "|",
+        ]
+        out += [
+            "| " + " | ".join(_bench_cells(r)) + " |"
+            for r in sorted((r for r in found if r.context == context), key=order)
+        ]
+        out.append("")
+    last, model = rows[-1]["environment"], rows[-1]["model"]
+    versions = ", ".join(f"{k} {last['versions'][k]}" for k in ("torch", "transformers"))
+    commit = last["commit"]
+    said = (
+        "unknown" if commit is None else commit["hash"][:7] + (" with uncommitted changes" if commit["dirty"] else "")
+    )
+    out += [
+        f"{model['name']}, {model['dtype']}, {place(last | {'model': model})}, {versions}, seed {last['seed']}, commit {said}."
+    ]
+    return "\n".join(out)
+
+
+def _bench_cells(r: Record) -> list[str]:
+    def text(x: float | None, form: str, scale: float = 1.0) -> str:
+        return "–" if x is None else format(x * scale, form)
+
+    return [f"`{r.method}`", text(r.kl, ".4f"), text(r.top1, ".0%"), text(r.ppl, ".1f"), text(r.accuracy, ".0%"),
+            text(r.held_bytes, ".1f", 1e-6), text(r.held_ratio, ".0%"), text(r.first_s, ".2f"), text(r.token_ms, ".1f")]  # fmt: skip
+
+
+def texts() -> dict[Path, str]:
+    """Path -> text of everything else that is generated: the page of kept runs, and README with its table."""
+    folder = ROOT / "benchmarks" / "results" / "bench"
+    runs = (
+        {f.name: _kept_run(f) for f in sorted(folder.iterdir()) if (f / "results.jsonl").is_file()}
+        if folder.is_dir()
+        else {}
+    )
+    out = [_note("benchmarks/results/bench"), "# Benchmark runs", "",
+           "Each section is one kept run of `qkv bench`, rows from the best KL down. Cache bytes are those really held.", ""]  # fmt: skip
+    for name, table in runs.items():
+        said = (folder / name / "command.txt").read_text(encoding="utf-8").strip()
+        out += [f"## {name}", "", "```sh", said, "```", "", table, ""]
+    page = {ROOT / "docs" / "benchmarks.md": "\n".join(out).rstrip() + "\n"}
+    readme = ROOT / "README.md"
+    if README_RUN in runs and readme.is_file():
+        parts = re.split(r"(<!-- bench:(?:begin|end) -->)", readme.read_text(encoding="utf-8"))
+        parts[2] = f"\n\n{runs[README_RUN]}\n\n"
+        page[readme] = "".join(parts)
+    return page
 
 
 def _note(sources: str) -> str:
@@ -167,7 +243,9 @@ def _deviations(spec: Spec) -> list[str]:
 
 def _result(r: dict[str, Any]) -> list[str]:
     out = [f"Measured: {_prose(r['claim'])}", "", "| figure | value | note |", "|---|---|---|"]
-    out += [f"| {_cell(f['name'])} | {_number(f['value'])} {_cell(f['unit'])} | {_cell(f['note'])} |" for f in r["figures"]]
+    out += [
+        f"| {_cell(f['name'])} | {_number(f['value'])} {_cell(f['unit'])} | {_cell(f['note'])} |" for f in r["figures"]
+    ]
     table = r.get("table") or []
     if table:
         columns = list(table[0])
@@ -209,10 +287,13 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = pages()
     present = {p.name: p.read_text(encoding="utf-8") for p in PAGES.glob("*.md")}
     stale = sorted({n for n in wanted if present.get(n) != wanted[n]} | (set(present) - set(wanted)))
+    others = {p: t for p, t in texts().items() if not p.is_file() or p.read_text(encoding="utf-8") != t}
     if check:
-        if stale:
-            print(f"out of date: {', '.join(stale)}; run: make docs", file=sys.stderr)
-        return 1 if stale else 0
+        if stale or others:
+            print(f"out of date: {', '.join([*stale, *(p.name for p in others)])}; run: make docs", file=sys.stderr)
+        return 1 if stale or others else 0
+    for path, text in others.items():
+        path.write_text(text, encoding="utf-8")
     for name in stale:
         if name in wanted:
             (PAGES / name).write_text(wanted[name], encoding="utf-8")

@@ -128,7 +128,7 @@ def example(tmp_path_factory):
     """The worked example, as a reader would save it."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(r\"\"\".*?)```", text, flags=re.S)
-    path = tmp_path_factory.mktemp("mine") / "knorm.py"
+    path = tmp_path_factory.mktemp("mine") / "small_keys.py"
     path.write_text(code, encoding="utf-8")
     return path
 

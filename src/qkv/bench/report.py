@@ -82,7 +82,7 @@ def _facts(results: Results) -> dict[str, Any]:
         ],
         "contexts": identity["contexts"],
         "tasks": identity["tasks"],
-        "place": _place(identity),
+        "place": place(identity),
         "started": str(results.manifest.get("started", ""))[:10],
         "errors": [
             {"method": r["method"]["label"], "context": r["context"], "task": r["task"], **r["error"]}
@@ -111,7 +111,8 @@ def _facts(results: Results) -> dict[str, Any]:
     }
 
 
-def _place(identity: dict[str, Any]) -> str:
+def place(identity: dict[str, Any]) -> str:
+    """The chip that a run was taken on, from its machine and its model's device."""
     machine = identity["machine"]
     if identity["model"]["device"] == "cuda" and machine["gpus"]:
         return machine["gpus"][0]["name"]

@@ -120,6 +120,7 @@ def _show(results: Any, page: Path) -> None:
     from rich.text import Text
 
     from qkv.bench import summary
+    from qkv.bench.report import place
 
     console = screen()
     for table in summary.tables(summary.records(results.rows), console.width):
@@ -131,7 +132,7 @@ def _show(results: Any, page: Path) -> None:
     identity = results.manifest["identity"]
     dtype = identity["model"]["dtype"]
     note = (
-        f"{dtype} on {identity['machine']['cpu']}, {identity['machine']['threads']} threads; times are medians of one row; "
+        f"{dtype} on {place(identity)}; times are medians of one row; "
         "× is a multiple of full's; cache: bytes held, and their share of a plain cache."
     )
     console.print(Text(note, style="dim"), soft_wrap=True)
