@@ -11,11 +11,17 @@ from torch import Tensor
 
 from qkv.caches._stores.packed import PackedCache
 from qkv.caches._stores.ranked import RankedCache
+from qkv.caches._stores.selective import SelectiveCache
 from qkv.caches.h2o import H2O
 from qkv.caches.kivi import KIVI
+from qkv.caches.lazyeviction import LazyEviction
+from qkv.caches.pyramidkv import PyramidKV
+from qkv.caches.snapkv import SnapKV
+from qkv.caches.quest import Quest
 from qkv.caches.streamingllm import StreamingLLM
 from qkv.caches.window import Window
 from qkv.core.cache import Geometry, LayerCache, Step
+from qkv.core.reader import Selection
 from qkv.core.spec import Limit
 from qkv.testing import mutant
 
@@ -51,6 +57,29 @@ class HoardsByBlock(RankedCache):
         if self.seen:
             self.most, self.least = self.most + n, self.least + n
             self.keep = self.keep + n
+
+
+class CutsLate(RankedCache):
+    """Rows are cut a step after their lag is used up."""
+
+    def _cut(self, view: Any, state: Tensor | None) -> None:
+        self.lag += 1
+        super()._cut(view, state)
+
+
+class ScoresByPieces(RankedCache):
+    """The last piece of a prompt is scored by its own queries alone."""
+
+    def _remember(self, q: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        self.tail = self.tail_at = None
+        return super()._remember(q, query)
+
+
+class EvictsEveryPiece(RankedCache):
+    """Every piece of a prompt is taken for its end."""
+
+    def _waits(self, n: int) -> bool:
+        return False
 
 
 class ForgetsNewest(RankedCache):
@@ -263,6 +292,37 @@ class TakesBackCounts(PackedCache):
         self.length = [n - tokens for n in self.length]
 
 
+class ReadsOn(SelectiveCache):
+    """Everything is read; what was chosen gets all the weight."""
+
+    def _fetch(self, x: Tensor, index: Tensor) -> Tensor:
+        return super()._fetch(x, index) + 0 * x.mean()
+
+
+def reading(memory: type[SelectiveCache]) -> Any:
+    """Quest over a broken store."""
+    return mutant(Quest, layer=lambda self, geometry: memory(self, geometry))
+
+
+def one_block_more(self: Any, view: Any) -> Any:
+    return replace(view, most=view.most + 1).best(self.rank(view), self.reads(view.tokens) + self.block())
+
+
+def without_itself(self: Any, view: Any) -> Any:
+    """The own block competes like any other."""
+    own = view.position[:, None, :, None] // self.block()
+    worth = self.rank(view)
+    worth = worth.masked_fill(torch.arange(worth.shape[-1]) >= own, -torch.inf)
+    top = worth.topk(min(2, worth.shape[-1]), dim=-1)
+    return Selection(top.indices, top.values > -torch.inf)
+
+
+def by_keys(self: Any, view: Any) -> Tensor:
+    """The keys themselves are looked at, all of them."""
+    logits = view.grouped(view.logits())
+    return logits.reshape(*logits.shape[:3], -1, view.block).amax(-1)
+
+
 def replace_step(step: Step, **changes: Any) -> Step:
     return replace(step, **changes)
 
@@ -270,6 +330,11 @@ def replace_step(step: Step, **changes: Any) -> Step:
 def early_limit(self: Any, tokens: int) -> int:
     """A budget of everything, up to 30."""
     return min(30, H2O.slots(self, tokens))
+
+
+def rounded_up(self: Any, tokens: int, geometry: Geometry) -> int:
+    """Every layer's share rounded up on its own."""
+    return PyramidKV.slots_at(self, tokens, geometry) + (geometry.layers > 1 and geometry.layer % 2)
 
 
 def one_off(self: Any, view: Any) -> Tensor | None:
@@ -282,7 +347,16 @@ def sees_the_block(self: Any, query: Tensor, position: Tensor) -> None:
 
 
 MUTANTS: dict[str, list[tuple[str, Any]]] = {
-    "within_budget": [("one_too_many", ranked(Window, OneTooMany)), ("hoards", ranked(H2O, HoardsByBlock))],
+    "within_budget": [
+        ("one_too_many", ranked(Window, OneTooMany)),
+        ("hoards", ranked(H2O, HoardsByBlock)),
+        ("cuts_late", ranked(LazyEviction, CutsLate)),
+    ],
+    "layers_share_the_budget": [("rounded_up", mutant(PyramidKV, slots_at=rounded_up))],
+    "prompt_in_pieces": [
+        ("by_pieces", ranked(SnapKV, ScoresByPieces)),
+        ("every_piece", ranked(LazyEviction, EvictsEveryPiece)),
+    ],
     "ordered_and_newest_kept": [("forgets_newest", ranked(H2O, ForgetsNewest)), ("drops", packed(DropsTheLast))],
     "padding_displaces_nothing": [
         ("stores_padding", ranked(StreamingLLM, StoresPadding)),
@@ -310,6 +384,11 @@ MUTANTS: dict[str, list[tuple[str, Any]]] = {
     ],
     "loses_nothing": [("drops", packed(DropsTheLast)), ("false_claim", mutant(Window, evicts=False))],
     "eight_bits_are_close": [("no_zeros", packed(ForgetsZeros)), ("again", packed(QuantisesAgain))],
+    "reads_no_more_than_it_says": [
+        ("one_more", mutant(Quest, choose=one_block_more)),
+        ("not_itself", mutant(Quest, choose=without_itself)),
+    ],
+    "unread_tokens_do_not_matter": [("by_keys", mutant(Quest, rank=by_keys)), ("reads_on", reading(ReadsOn))],
     "taken_back_exactly": [("only_counts", ranked(Window, OnlyCounts)), ("counts", packed(TakesBackCounts))],
     "crop_or_refusal": [("only_counts", ranked(Window, OnlyCounts)), ("counts", packed(TakesBackCounts))],
     "beams_carry_everything": [("leaves_scores", ranked(H2O, LeavesScores))],

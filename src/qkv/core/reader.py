@@ -33,7 +33,7 @@ from torch import Tensor
 from qkv.core.cache import CacheMethod, Geometry, LayerCache
 from qkv.core.errors import Refused
 
-LARGEST = 3.0e38
+LARGEST, FIRM = 3.0e38, 3.2e38  # of a worth; worth of what must be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +41,18 @@ class Selection:
     """Which blocks are read.
 
     index: int64 ``[B, A, N or 1, K]`` block numbers, each at most once per query; one entry for all queries shares a choice.
-    valid: bool of the same shape, False = nothing is read there (whatever its index), or None when all are.
+    valid: bool of the same shape, False = nothing is read there (whatever its index), or None when all are. exact: the last block
+    of every query is its own and no other is partly filled, so that the host knows which slots are read (`Reading.best` sets it).
     """
 
     index: Tensor
     valid: Tensor | None = None
+    exact: bool = False
 
     def ordered(self) -> Selection:
         """The same choice with blocks in ascending order, invalid entries last."""
         if self.valid is None:
-            return Selection(self.index.sort(-1).values)
+            return Selection(self.index.sort(-1).values, None, self.exact)
         key, at = torch.where(self.valid, self.index, torch.iinfo(torch.int64).max).sort(-1)
         valid = self.valid.gather(-1, at)
         return Selection(key.masked_fill(~valid, 0), valid)
@@ -81,7 +83,8 @@ class Reading:
     others hold anything. features ``[B, G or H, P, ...]`` by name, valid for complete blocks. notes: tensors ``[B, ...]`` of this
     site, kept from call to call; replace entries, never write into them. board: of all sites of this cache, or an empty dict.
     most: blocks that any query reads at most by the budget (a host number: shapes depend on it). since: the earliest slot of this
-    call in any row (a host number). whole: the call is a prompt that is read in full.
+    call in any row (a host number). whole: the call is a prompt that is read in full. at: the slot of the only query, the same in
+    every row, where the host knows it, else None.
     """
 
     queries: Tensor
@@ -93,6 +96,7 @@ class Reading:
     most: int
     since: int
     whole: bool
+    at: int | None
     scale: float
     geometry: Geometry
     notes: dict[str, Tensor]
@@ -134,7 +138,7 @@ class Reading:
         rows = torch.arange(at.shape[0], device=at.device)
         q = self.queries[rows, :, at].unsqueeze(2)
         position = self.position[rows, at].unsqueeze(-1)
-        return replace(self, queries=q, position=position), position[:, 0] >= 0
+        return replace(self, queries=q, position=position, at=None), position[:, 0] >= 0
 
     def best(self, worth: Tensor, reads: Tensor, *, sinks: int = 0, recent: int = 0) -> Selection:
         """The own block, the first `sinks` and last `recent` tokens, then the highest worth, within `reads` tokens.
@@ -143,29 +147,42 @@ class Reading:
         latest of them. reads: int64 broadcastable to ``[B, 1, N or 1, 1]``: tokens that may be read (whole blocks, at least the
         own one). Padding queries choose nothing. NaN ranks last.
         """
+        worth = worth.to(torch.promote_types(worth.dtype, torch.float32)).nan_to_num(-LARGEST, LARGEST, -LARGEST)
+        if self.at is not None:
+            return self._best_of_one(worth, sinks, recent)
         c, p = self.block, worth.shape[-1]
-        position = self.position[:, None, :, None]  # [B, 1, N, 1]
-        first = last = position
-        if worth.shape[2] == 1 and position.shape[2] > 1:
-            last = position.amax(2, keepdim=True)
-            first = torch.where(position < 0, last, position).amin(2, keepdim=True)
+        first = last = self.position[:, None, :, None]  # [B, 1, N, 1]
+        if worth.shape[2] == 1 and last.shape[2] > 1:
+            last = last.amax(2, keepdim=True)
+            first = torch.where(first < 0, last, first).amin(2, keepdim=True)
             reads = reads.amax(2, keepdim=True) if reads.ndim == 4 else reads
         block = torch.arange(p, device=worth.device)
-        worth = (
-            worth.to(torch.promote_types(worth.dtype, torch.float32))
-            .nan_to_num(-LARGEST, LARGEST, -LARGEST)
-            .clamp(-LARGEST, LARGEST)
-        )
-        forced = block >= torch.div(first, c, rounding_mode="floor")
         if sinks or recent:
             firm = (block * c < sinks) | ((block + 1) * c > first + 1 - recent)
-            worth = worth.masked_fill(firm, 3.2e38)
-        worth = worth.masked_fill(forced, torch.inf).masked_fill(block * c > last, -torch.inf)
+            worth = worth.masked_fill(firm, FIRM)
+        own = block >= torch.div(first, c, rounding_mode="floor")
+        worth = worth.masked_fill(own, torch.inf).masked_fill(block * c > last, -torch.inf)
         k = min(self.most, p)
         top, index = worth.topk(k, dim=-1)
         keep = kept_blocks(reads, last + 1, c)
         valid = (top > -torch.inf) & (torch.arange(k, device=worth.device) < keep)
         return Selection(index, valid)
+
+    def _best_of_one(self, worth: Tensor, sinks: int, recent: int) -> Selection:
+        """`best` where the host knows which block is the own one: no mask is made."""
+        assert self.at is not None
+        c = self.block
+        own = self.at // c
+        k = min(self.most, own + 1) - 1
+        last = torch.full((*worth.shape[:3], 1), own, dtype=torch.int64, device=worth.device)
+        if not k:
+            return Selection(last, None, True)
+        worth = worth[..., :own]
+        if sinks or recent:
+            worth = worth.clone()
+            worth[..., : -(-sinks // c)] = FIRM
+            worth[..., max(0, (self.at + 1 - recent) // c) :] = FIRM
+        return Selection(torch.cat((worth.topk(k, dim=-1, sorted=False).indices, last), -1), None, True)
 
 
 def kept_blocks(reads: Tensor, tokens: Tensor, block: int) -> Tensor:

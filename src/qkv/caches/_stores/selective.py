@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +37,6 @@ class Read:
     shift: Tensor | None = None
 
 
-@final
 class SelectiveCache(Recording):
     """Keys ``[B, G, capacity, D]``, values, what the reader keeps beside them, and how many tokens each row holds."""
 
@@ -156,7 +155,7 @@ class SelectiveCache(Recording):
     def _observe(self, q: Tensor, place: Tensor, step: Step, whole: bool) -> None:
         """Tell the reader of the call, then index the blocks that it completed."""
         if type(self.reader).observe is not Reader.observe:
-            self.reader.observe(self._view(q, place, step.scale, whole))
+            self.reader.observe(self._view(q, place, step.scale, whole=whole))
         if self.indexes:
             self._index(q, place)
 
@@ -218,34 +217,32 @@ class SelectiveCache(Recording):
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def _view(self, q: Tensor, place: Tensor, scale: float, whole: bool = False) -> Reading:
-        """The call as the reader sees it; place ``[B, N]`` on the host."""
+    def _view(self, q: Tensor, place: Tensor, scale: float, most: int = 1, whole: bool = False) -> Reading:
+        """The call as the reader sees it; place ``[B, N]`` on the host, most: blocks that a query reads at most."""
         assert self.keys is not None and self.values is not None
         c, used = self.block, -(-max(self.lengths) // self.block)
-        place = place.contiguous()
-        real = place >= 0
-        tokens = place + 1
-        most = int(kept_blocks(self._reads(tokens), tokens, c).max())
-        position = place.to(q.device)
-        if not bool(real.all()):
-            q = q.masked_fill(~real.to(q.device)[:, None, :, None], 0)
-        since = int(place.masked_fill(~real, 1 << 60).min())
+        at, since = None, self.seen - place.shape[1]
+        if self.columns is not None:
+            real = place >= 0
+            since = int(place.masked_fill(~real, 1 << 60).min())
+            if not bool(real.all()):
+                q = q.masked_fill(~real.to(q.device)[:, None, :, None], 0)
+        elif place.shape[1] == 1:
+            since = at = int(place[0, 0])
         return Reading(
-            q, position, self.keys[:, :, : used * c], self.values[:, :, : used * c],
-            {name: x[:, :, :used] for name, x in self.features.items()}, c, max(1, most), since, whole, scale, self.geometry,
+            q, place.to(q.device), self.keys[:, :, : used * c], self.values[:, :, : used * c],
+            {name: x[:, :, :used] for name, x in self.features.items()}, c, most, since, whole, at, scale, self.geometry,
             self.notes, {} if self.board is None else self.board.notes,
         )  # fmt: skip
 
-    def _reads(self, tokens: Tensor) -> Tensor:
-        """What the budget allows; a reader that overrides `choose` without one may read everything."""
-        return self.reader.reads(tokens)
-
     def _chosen(self, q: Tensor, place: Tensor, step: Step) -> Tensor:
         """Queries ``[B, H, N, D]`` that each read what was chosen for them."""
-        tokens = place + 1
-        if bool((self._reads(tokens) >= tokens).all()):
+        tokens = (place if self.columns is not None else place[:1]) + 1
+        reads = self.reader.reads(tokens)
+        if bool((reads >= tokens).all()):
             return self._everything(q, place, step)
-        view = self._view(q, place, step.scale)
+        most = max(1, int(kept_blocks(reads, tokens, self.block).max()))
+        view = self._view(q, place, step.scale, most)
         selection = self.reader.choose(view)
         return self._everything(q, place, step) if selection is None else self._gathered(view, selection, step)
 
@@ -317,6 +314,12 @@ class SelectiveCache(Recording):
         moved = type(self.reader).shift is not Reader.shift
         if moved or self.reader.ordered:
             selection = selection.ordered()
+        if (
+            selection.valid is not None
+        ):  # where nothing is read, the own block is fetched once more: no other is touched
+            own = (view.position.clamp(min=0) // self.block)[:, None, :, None]
+            own = own if selection.index.shape[2] == own.shape[2] else own.amax(2, keepdim=True)
+            selection = Selection(torch.where(selection.valid, selection.index, own), selection.valid)
         b, _, n, _ = view.queries.shape
         shared = selection.index.shape[2] == 1
         per = 1 if shared else max(1, PIECE // (b * selection.index.shape[1] * selection.index.shape[3] * self.block
@@ -342,20 +345,26 @@ class SelectiveCache(Recording):
             if c == 1
             else (selection.index.unsqueeze(-1) * c + torch.arange(c, device=q.device)).flatten(3)
         )
-        seen = slot <= position[:, None, :, None]  # [B, A, N, K C]
-        if selection.valid is not None:
-            valid = selection.valid if c == 1 else selection.valid.repeat_interleave(c, -1)
-            seen = seen & valid
-        listed = torch.where(seen.any(2, keepdim=True) if m == 1 else seen, slot, -1)  # [B, A, M, K C]
-        shift = None
-        if moved:
+        seen = listed = shift = None
+        if view.at is not None and selection.exact:
+            slot = slot[..., : slot.shape[-1] - (c - 1 - view.at % c)]
+        else:
+            seen = slot <= position[:, None, :, None]  # [B, A, N, K C]
+            if selection.valid is not None:
+                seen = seen & (selection.valid if c == 1 else selection.valid.repeat_interleave(c, -1))
+        if moved or self.watch is not None:
+            read = slot >= 0 if seen is None else (seen.any(2, keepdim=True) if m == 1 else seen)
+            listed = torch.where(read, slot, -1)  # [B, A, M, K C]
+        if moved and listed is not None:
             part = dataclasses.replace(view, queries=q, position=position)
             shift = self.reader.shift(part, listed)
         if self.watch is not None:
             self.watch(Read(listed, shift))
         keys, values = (self._fetch(x, selection.index) for x in (self.keys, self.values))  # [B, A, M * K * C, .]
+        if seen is None:
+            keys, values = keys[:, :, : slot.shape[-1]], values[:, :, : slot.shape[-1]]
         if shift is not None:
-            assert self.geometry.rope is not None
+            assert self.geometry.rope is not None and listed is not None
             keys = self.geometry.rope.rotate(keys, shift.masked_fill(listed < 0, 0).flatten(2))
         compute = step.compute or sdpa
         if m == 1:
@@ -364,6 +373,7 @@ class SelectiveCache(Recording):
             x.reshape(b, a, n, k * c, -1).transpose(1, 2).reshape(b * n, a, k * c, -1) for x in (keys, values)
         )
         single = q.transpose(1, 2).reshape(b * n, h, 1, d)
+        assert seen is not None
         out = compute(single, keys, values, mask=seen.transpose(1, 2).reshape(b * n, a, 1, k * c), causal=False,
                       scale=step.scale)  # fmt: skip
         return out.reshape(b, n, h, e).transpose(1, 2)
