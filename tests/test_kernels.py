@@ -358,3 +358,67 @@ def test_packed_decode_at_real_widths(bits: int, dtype: torch.dtype) -> None:
         length=torch.tensor([n + 1], dtype=torch.int32, device=DEVICE), k_bits=bits, v_bits=bits, group=32, residual=128,
     )  # fmt: skip
     assert (out.double() - want).norm() <= 2 * (rough.double() - want).norm()
+
+
+# -- blocks of mixed precision ---------------------------------------------------------------------------------------------
+
+MIXED = [  # rows, heads, kv heads, key width, value width, bits, tokens of a block, precise ones, blocks
+    (2, 6, 3, 8, 8, (4, 2), 10, 6, 3),
+    (1, 4, 1, 24, 40, (8, 4), 150, 70, 2),
+    (2, 4, 4, 64, 32, (2, 8), 130, 129, 1),
+]
+
+
+@direct
+@pytest.mark.parametrize("case", MIXED, ids=str)
+def test_blocks_of_mixed_precision_are_read_as_the_torch_path_reads_them(case: tuple) -> None:
+    """Attention over each part equals dequantise-then-attend in float64; unused blocks are poisoned."""
+    from qkv.caches._stores.mixed import Stack, _plain
+    from qkv.core.attend import attend
+    from qkv.core.errors import InvalidInput
+    from qkv.kernels.mixed import mixed_decode
+
+    b, h, g, d, e, bits, width, precise, blocks = case
+    gen = torch.Generator().manual_seed(width)
+    stack = Stack(list(range(b)), width, bits, precise)
+    for _ in range(blocks + 1):
+        flags = torch.rand(b, g, width, generator=gen).argsort(-1) < precise
+        stack.add([0] * b, *_draw(gen, (b, g, width, d), (b, g, width, e)), flags)
+    for _, _, x in stack.named():
+        x[:, :, blocks:] = -1 if x.dtype == torch.int32 else 1 if x.dtype == torch.uint8 else torch.nan
+    q = _draw(gen, (b, h, 1, d))[0]
+    assert stack.channel is not None
+    for part in stack.parts:
+        keys, values = _plain(part, slice(None), blocks, (d, e), stack.channel)
+        want = attend(q.double(), keys.flatten(2, 3).double(), values.flatten(2, 3).double(), scale=d**-0.5)
+        ranges = (part.key_scale, part.key_zero, part.values, part.value_scale, part.value_zero, stack.channel)
+        held = [x.to(DEVICE) for x in (q, part.keys, *ranges) if x is not None]
+        for splits, block in ((1, 64), (3, 16), (None, 64)):
+            out, lse = mixed_decode(*held, blocks=blocks, bits=part.bits, scale=d**-0.5, splits=splits, block=block)
+            torch.testing.assert_close(out.cpu().double(), want.out, rtol=0, atol=3e-6)
+            torch.testing.assert_close(lse.cpu().double(), want.lse, rtol=0, atol=3e-6)
+        for bad in ({"bits": 16}, {"blocks": 0}, {"blocks": held[1].shape[2] + 1}):
+            with pytest.raises(InvalidInput, match="mixed_decode"):
+                mixed_decode(*held, **{"blocks": blocks, "bits": part.bits, "scale": 0.3} | bad)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoding_blocks_of_mixed_precision_on_the_device(dtype: torch.dtype) -> None:
+    """A padded batch that decodes over many blocks: kernels against the same store on the CPU, in float32."""
+    from qkv.caches.zipcache import ZipCache
+    from qkv.core.cache import Geometry, Step
+
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = _draw(gen, (2, 9, 700, 64), (2, 3, 700, 64), (2, 3, 700, 64), dtype=dtype)
+    padding = torch.arange(700) >= torch.tensor([0, 77])[:, None]
+    position = (padding.cumsum(-1, dtype=torch.int32) - 1).masked_fill(~padding, -1)
+    outs = []
+    for device, kind in (("cpu", torch.float32), (DEVICE, dtype)):
+        layer, parts = ZipCache(bits=(8, 4)).layer(Geometry(9, 3, 64, 64)), []
+        for n in (500, *[1] * 200):
+            at = slice(layer.seen, layer.seen + n)
+            step = Step(position[:, at].to(device), 0.125, padding[:, : at.stop].to(device))
+            parts.append(layer.attend(*(x[:, :, at].to(device, kind) for x in (q, k, v)), step)[:, :, -1:])
+        outs.append(torch.cat(parts, 2).float().cpu())
+    assert (outs[0] - outs[1]).norm() < (1e-3 if dtype == torch.float32 else 2e-2) * outs[0].norm()

@@ -12,6 +12,8 @@ Axes: B batch, G key/value heads, T tokens, D head width, E value width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -82,8 +84,9 @@ def _span(low: Tensor, high: Tensor, bits: int, dtype: torch.dtype | None) -> tu
     return scale.masked_fill(flat, 1), zero, flat
 
 
-def _encode(x: Tensor, scale: Tensor, zero: Tensor, flat: Tensor, bits: int) -> Tensor:
-    """Codes uint8 of x, the ranges broadcast against it."""
+def _encode(x: Tensor, ranges: Iterable[Tensor], bits: int) -> Tensor:
+    """Codes uint8 of x by what `_span` returned, broadcast against it."""
+    scale, zero, flat = ranges
     wide = torch.promote_types(x.dtype, torch.float32)
     codes = ((x.to(wide) - zero.to(wide)) / scale.to(wide)).clamp(0, 2**bits - 1).round()
     return codes.masked_fill(flat, 0).to(torch.uint8)
@@ -92,7 +95,7 @@ def _encode(x: Tensor, scale: Tensor, zero: Tensor, flat: Tensor, bits: int) -> 
 def _quantize(x: Tensor, bits: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     """Groups ``[..., g]`` to codes uint8 ``[..., g]``, scale and zero ``[...]`` of `dtype` (None: at least float32)."""
     scale, zero, flat = _span(x.amin(-1), x.amax(-1), bits, dtype)
-    return _encode(x, *(y.unsqueeze(-1) for y in (scale, zero, flat)), bits), scale, zero
+    return _encode(x, (y.unsqueeze(-1) for y in (scale, zero, flat)), bits), scale, zero
 
 
 def quantize_per_channel_tokens(
@@ -151,7 +154,7 @@ def channel_quantize(
     _divides(x, -2, 1, "tokens")
     low, high = (x.amin(-2), x.amax(-2)) if span is None else span
     scale, zero, flat = _span(low, high, bits, dtype)
-    return _encode(x, *(y.unsqueeze(-2) for y in (scale, zero, flat)), bits), scale, zero
+    return _encode(x, (y.unsqueeze(-2) for y in (scale, zero, flat)), bits), scale, zero
 
 
 def channel_dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -180,7 +183,7 @@ def cst_quantize(
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide) / channel.to(wide).unsqueeze(-2)
     scale, zero, flat = _span(y.amin((1, 3)), y.amax((1, 3)), bits, dtype)
-    return _encode(y, *(z[:, None, :, None] for z in (scale, zero, flat)), bits), scale, zero, channel
+    return _encode(y, (z[:, None, :, None] for z in (scale, zero, flat)), bits), scale, zero, channel
 
 
 def cst_dequantize(codes: Tensor, scale: Tensor, zero: Tensor, channel: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ from qkv.caches._stores.recording import Recording
 from qkv.core.attend import CHUNK_ELEMENTS, attend, sdpa
 from qkv.core.cache import Compute, Geometry, Step
 from qkv.core.errors import Refused, StateError
+from qkv.core.kernel import kernel
 from qkv.core.merge import merge
 
 BLOCK_ELEMENTS = 1 << 20  # codes held in floating point at once
@@ -152,7 +153,8 @@ class Stack:
             order, done = _parted(flags), 0
             for part in self.parts:
                 index = order[..., done : done + part.count].expand(-1, g, -1).unsqueeze(-1)
-                part.write(at, *(x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (k, v)), channel)
+                mine, theirs = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (k, v))
+                part.write(at, mine, theirs, channel)
                 done += part.count
         else:
             self.parts[0].write(at, k, v, channel)
@@ -338,6 +340,9 @@ class MixedCache(Recording):
                 keys, values = self.read(rows)
                 own_k, own_v = torch.cat((keys, own_k), 2), torch.cat((values, own_v), 2)
             return (compute or sdpa)(q, own_k, own_v, mask=None, causal=True, scale=scale), None
+        if q.is_cuda and q.shape[2] == 1:
+            out, lse = self._kernels(rows, q, own_k, own_v, scale)
+            return out.to(own_v.dtype), lse
         wide = torch.promote_types(q.dtype, torch.float32)
         own = attend(q.to(wide), own_k.to(wide), own_v.to(wide), causal=True, scale=scale)
         out, lse = merge((own.out, own.lse), self._stored(rows, q, scale))
@@ -455,6 +460,40 @@ class MixedCache(Recording):
             outs.append((out / safe.unsqueeze(-1)).view(b, h, -1, e))
             lses.append((top + safe.log()).view(b, h, -1))
         return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
+
+    def _kernels(self, rows: list[int], q: Tensor, own_k: Tensor, own_v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """One token over everything on CUDA: a kernel for each part of each stack, and one for the tokens that wait."""
+
+        def count(n: int) -> Tensor:
+            return torch.full((1,), n, dtype=torch.int32, device=q.device)
+
+        q = q.detach()
+        own, lse = kernel("decode:decode_attention")(q, own_k, own_v, length=count(own_k.shape[2]), scale=scale)
+        found = [(own.to(torch.float32), lse)]
+        for stack in self.stacks:
+            shared = [row for row in rows if row in stack.rows]
+            if not shared:
+                continue
+            mine, theirs = _span([rows.index(r) for r in shared]), _span([stack.rows.index(r) for r in shared])
+            blocks = len(stack.starts)
+            for part in stack.parts:
+                assert part.keys is not None and part.values is not None
+                keys, values = part.keys[theirs], part.values[theirs]
+                if part.bits == 16:
+                    keys, values = keys.flatten(2, 3), values.flatten(2, 3)
+                    length = count(blocks * part.count)
+                    out, lse = kernel("decode:decode_attention")(q[mine], keys, values, length=length, scale=scale)
+                else:
+                    ranges = (part.key_scale, part.key_zero, part.value_scale, part.value_zero, stack.channel)
+                    s, z, step, low, c = (x[theirs] for x in ranges if x is not None)
+                    what = {"blocks": blocks, "bits": part.bits, "scale": scale}
+                    out, lse = kernel("mixed:mixed_decode")(q[mine], keys, s, z, values, step, low, c, **what)
+                if len(shared) < len(rows):
+                    whole = (torch.zeros_like(found[0][0]), torch.full_like(found[0][1], -torch.inf))
+                    whole[0][mine], whole[1][mine] = out.to(torch.float32), lse
+                    out, lse = whole
+                found.append((out.to(torch.float32), lse))
+        return merge(*found)
 
     def read(self, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """What the rows (None: all) hold in blocks, dequantised, by position: keys ``[R, G, S, D]``, values ``[R, G, S, E]``.
