@@ -179,9 +179,9 @@ def test_probe_rows() -> None:
     assert rows == probe_rows(0, 100, 5, 5, 0) != probe_rows(0, 100, 5, 5, 1)
     assert probe_rows(7, 10, 5, 5, 0) == [7, 8, 9] and probe_rows(0, 6, 3, 3, 4) == [0, 1, 2, 3, 4, 5]
     assert (
-        ZipCache().probes(100) == (5, 5)
-        and ZipCache().probes(1) == (1, 0)
-        and ZipCache(probe_ratio=1.0).probes(9) == (5, 4)
+        ZipCache().probes_of(100) == (5, 5)
+        and ZipCache().probes_of(1) == (1, 0)
+        and ZipCache(probe_ratio=1.0).probes_of(9) == (5, 4)
     )
 
 
@@ -189,7 +189,7 @@ def test_probe_rows() -> None:
 
 
 def _score(layer: MixedCache, q: Tensor, k: Tensor, n: int) -> Tensor:
-    at = torch.tensor(probe_rows(0, n, *layer.method.probes(n), layer.seed))
+    at = torch.tensor(probe_rows(0, n, *layer.method.probes_of(n), layer.seed))
     return normalized_saliency(q[:, :, at], k[:, :, :n], at)
 
 
@@ -272,8 +272,8 @@ class _Spy:
     def __init__(self, method: Any, note: Any) -> None:
         self.method, self.note, self.id = method, note, method.id
 
-    def probes(self, tokens: int) -> tuple[int, int]:
-        return self.method.probes(tokens)
+    def probes_of(self, tokens: int) -> tuple[int, int]:
+        return self.method.probes_of(tokens)
 
     def split(self, mass: Tensor, seen: Tensor, groups: int) -> tuple[Tensor, list[int]]:
         self.note(mass, seen)

@@ -136,8 +136,8 @@ class ZipCache(CacheMethod):
             high = low
         return MixedCache(self, geometry, bits=(high, low), every=self.regroup_every, seed=self.seed)
 
-    def probes(self, tokens: int) -> tuple[int, int]:
-        """See `Splits.probes`."""
+    def probes_of(self, tokens: int) -> tuple[int, int]:
+        """See `Splits.probes_of`."""
         recent = math.ceil(tokens * self.probe_ratio / 2)
         return recent, min(tokens, math.ceil(tokens * self.probe_ratio)) - recent
 

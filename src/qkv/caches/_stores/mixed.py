@@ -62,7 +62,7 @@ class Splits(Protocol):
         """Its name, for messages."""
         ...
 
-    def probes(self, tokens: int) -> tuple[int, int]:
+    def probes_of(self, tokens: int) -> tuple[int, int]:
         """For a block of that many tokens: how many of the newest queries are probes, and how many of the others."""
         ...
 
@@ -206,8 +206,8 @@ class MixedCache(Recording):
     """See the module.
 
     bits: of a precise and of another token; 16: as it is, and 0 for the second: dropped. every: tokens that wait at most.
-    sparse: the queries of a prompt outside the split get no attention (``tokens``), or only keys outside it are not read
-    (``keys``), or None for exact prompts.
+    sparse: None: a prompt's attention is exact. ``tokens``: in a call of several tokens that fills a block it goes on among the
+    precise tokens alone (and what is stored), and the others get 0. ``keys``: all its queries read the precise ones.
     """
 
     def __init__(
@@ -222,8 +222,8 @@ class MixedCache(Recording):
     ) -> None:
         self.method, self.geometry, self.bits, self.every, self.seed = method, geometry, bits, every, seed
         self.sparse = sparse
-        self.mixed = bits[0] != bits[1]
-        self.plan = probe_rows(0, every, *method.probes(every), seed) if self.mixed else []
+        self.mixed = bits[0] != bits[1] or sparse is not None
+        self.plan = probe_rows(0, every, *method.probes_of(every), seed) if self.mixed else []
         self.reset()
 
     def reset(self) -> None:
@@ -297,7 +297,7 @@ class MixedCache(Recording):
         new = self._probes(m, n, full)
         lse = self._lse(rows, q, own_k, new, scale) if new and n > 1 else None
         picked = None
-        if full and n > 1 and self.sparse is not None and self.mixed:
+        if full and n > 1 and self.sparse is not None:
             picked = self._split(rows, q, own_k, new, lse, scale)
             out = self._sparse(rows, q, own_k, own_v, picked[0], scale, compute)
         else:
@@ -325,7 +325,7 @@ class MixedCache(Recording):
         if not self.mixed:
             return []
         if full and n > 1:
-            return probe_rows(m, m + n, *self.method.probes(m + n), self.seed)
+            return probe_rows(m, m + n, *self.method.probes_of(m + n), self.seed)
         return self.plan[bisect_left(self.plan, m) : bisect_left(self.plan, m + n)]
 
     def _history(self, rows: list[int]) -> bool:
