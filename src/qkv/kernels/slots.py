@@ -38,6 +38,7 @@ def _free(position, worth, slot, C, protect, BY_POSITION: tl.constexpr, BLOCK: t
     pair = tl.program_id(0)
     base = pair.to(tl.int64) * C
     written = tl.load(slot + pair)
+    idle = tl.load(position + base + written) < 0  # a padded token: its slot is still empty, so nothing has to go
     best = float("inf")
     where = written.to(tl.int32)
     for start in range(0, C, BLOCK):
@@ -56,6 +57,7 @@ def _free(position, worth, slot, C, protect, BY_POSITION: tl.constexpr, BLOCK: t
         better = low < best
         where = tl.where(better, index, where)
         best = tl.where(better, low, best)
+    where = tl.where(idle, written.to(tl.int32), where)
     tl.store(slot + pair, where.to(tl.int64))
     tl.store(position + base + where, -1)
 
@@ -107,6 +109,7 @@ def free(position: Tensor, slot: Tensor, *, worth: Tensor | None = None, protect
     """Free the least worthy slot of every row and head, in place; `slot` holds the one just written, then the freed one.
 
     worth: float32 ``[B, G, C]``, or None to free the oldest position that is at least `protect`. The lowest index wins a tie.
+    A row whose new token is padding (position -1) stays as it is.
     """
     b, g, c = position.shape
     block = min(1024, triton.next_power_of_2(c))

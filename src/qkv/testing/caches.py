@@ -154,7 +154,12 @@ def keeps_all(case: Case) -> bool:
     return not case.spec.evicts
 
 
-@law("cache", "A row and head may not hold more tokens than its budget between two calls.", applies=is_policy)
+@law(
+    "cache",
+    "A row and head may not hold more tokens than its budget (and the decoded ones that a policy says it lags behind) between "
+    "two calls.",
+    applies=is_policy,
+)
 def within_budget(case: Case) -> None:
     """Also when the budget is a share of the prompt: of each row's real tokens."""
     methods: list[Any] = [small(case)]
@@ -166,21 +171,40 @@ def within_budget(case: Case) -> None:
 
 def _within_budget(case: Case, method: Policy) -> None:
     tokens, layer = stream(case), method.layer(site())
-    limit = [0, 0]
+    limit, since = [0, 0], [0]
 
     def check(before: Tensor | None, at: slice, out: Tensor) -> None:
+        since[0] += 1
         if before is None or at.stop - at.start > 1:
-            limit[:] = [method.slots(int(n)) for n in (tokens.position[:, : at.stop] >= 0).sum(-1)]
+            limit[:] = [method.slots_at(int(n), site()) for n in (tokens.position[:, : at.stop] >= 0).sum(-1)]
+            since[0] = 0
+        slack = min(since[0], method.lag())
         held = (layer.positions() >= 0).sum(-1)  # [B, G]
         for row, most in enumerate(limit):
-            worst = int(held[row].max())
+            worst, most = int(held[row].max()), most + slack
             expect(worst <= most, f"row {row} holds {worst} tokens after {at.stop}; its budget is {most}")
+        most = max(limit) + slack
         expect(
-            int(held.max()) <= layer.kept() <= max(limit),
-            f"kept() says {layer.kept()}; {int(held.max())} tokens are held and the budget is {max(limit)}",
+            int(held.max()) <= layer.kept() <= most,
+            f"kept() says {layer.kept()}; {int(held.max())} tokens are held and the budget is {most}",
         )
 
     drive(layer, tokens, CUTS, check)
+
+
+@law("cache", "Layers that keep different numbers of tokens keep the budget in the mean.", applies=is_policy)
+def layers_share_the_budget(case: Case) -> None:
+    """The slots of all layers of stacks of 1 to 13 layers, summed, for prompts of 20 to 4000 tokens."""
+    method: Any = small(case)
+    methods = [method]
+    if any(p.name == "budget" for p in case.spec.parameters):
+        methods += [method.replace(budget=b) for b in (0.2, 0.9)]
+    for method, layers, tokens in itertools.product(methods, (1, 2, 3, 13), (20, 21, 57, 4000)):
+        mine = [method.slots_at(tokens, replace(site(), layer=i, layers=layers)) for i in range(layers)]
+        mean = method.slots(tokens)
+        what = f"{method} over {layers} layers for {tokens} tokens keeps {mine}; the budget is {mean} per layer"
+        expect(sum(mine) == mean * layers and min(mine) >= 1, what)
+        expect(mean > tokens or max(mine) <= tokens, f"{what}, and there are {tokens} to keep")
 
 
 @law(
@@ -346,6 +370,38 @@ def chunks_are_exact(case: Case) -> None:
             [places(layer, r) for r in range(2)] == [places(one, r) for r in range(2)],
             f"in pieces of {cuts[0]} other tokens are stored than at once",
         )
+
+
+def _waits(case: Case) -> bool:
+    return isinstance(case.method, Policy) and case.method.whole_prompt()
+
+
+@law("cache", "An announced prompt gives what it gives at once, whatever pieces it comes in.", applies=_waits)
+def prompt_in_pieces(case: Case) -> None:
+    """Outputs of prompt and steps, and what is stored, padded; a second prompt after the steps comes in pieces too."""
+    tokens, method = stream(case), small(case)
+    for again in ((PROMPT, *(1,) * 6), (PROMPT, *(1,) * 12, 9, 1, 1)):
+        turns = [n for n in again if n > 1]
+        runs = []
+        for pieces in ((), (5, 4), (1, 2), (7, 1)):
+            layer, outs = method.layer(site()), []
+            for n in again:
+                layer.announce(layer.seen + n if n > 1 else layer.seen)
+                outs.append(drive(layer, tokens, _pieces(n, pieces)))
+            runs.append((torch.cat(outs, 2), [places(layer, row) for row in range(2)]))
+        for got, stored in runs[1:]:
+            _close_where_real(got, runs[0][0], tokens, EXACT, f"of prompts of {turns} in pieces")
+            expect(stored == runs[0][1], f"in pieces {stored} is stored, at once {runs[0][1]}")
+
+
+def _pieces(tokens: int, sizes: Sequence[int]) -> list[int]:
+    """`tokens` cut into pieces of the given sizes, over and over; whole where no sizes are given."""
+    out: list[int] = []
+    for size in itertools.cycle(sizes or (tokens,)):
+        out.append(min(size, tokens - sum(out)))
+        if sum(out) == tokens:
+            return out
+    return out
 
 
 @law("cache", "Nothing is lost: every real token is still stored.", applies=keeps_all)
@@ -721,7 +777,9 @@ def chunked_prefill(case: Case) -> None:
                     f"layer {index}, row {row} lacks its newest token {last}: {heads}",
                 )
                 if isinstance(method, Policy):
-                    most, held = method.slots(PROMPT - pads), max(map(len, heads))
+                    place = replace(site(), layer=index)
+                    most = method.slots_at(PROMPT - pads, place) + min(11, method.lag())
+                    held = max(map(len, heads))
                     expect(held <= most, f"layer {index}, row {row} holds {held} tokens; its budget is {most}")
         if case.spec.exact_chunks:
             close(_logits(got), _logits(_generate(model, ids, mask)), atol=ROUNDED, what="logits in chunks")
