@@ -1,0 +1,1 @@
+"""Searching stored keys: maximum inner products, exactly or approximately."""
