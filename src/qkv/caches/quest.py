@@ -47,7 +47,11 @@ class Quest(Reader):
         summary="Keeps everything; each step reads the pages whose per-channel bounds promise the largest logits.",
         shown="at 1/16 of the keys far closer to the full model than a window of that size, and the needle is found",
         honest="no memory is saved (the bounds add 1/16); a page is read whole for one token in it",
-        limits=(Limit("full", {"budget": 1.0}, "budget >= length: exact attention"),),
+        limits=(
+            Limit("full", {"budget": 1.0}, "budget >= length: exact attention"),
+            Limit("full", {"budget": 1 << 20}, "budget >= length: exact attention"),
+            Limit("full", {"dense_layers": 1 << 10}, "every layer dense: exact attention"),
+        ),
         evicts=False,
         trials=({}, {"share": "query_head"}),
         small={"budget": 9, "block_size": 3, "dense_layers": 1},

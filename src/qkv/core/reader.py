@@ -81,7 +81,8 @@ class Reading:
     queries ``[B, H, N, D]`` (0 in padding). position int64 ``[B, N]`` slot of each query's own token, -1 = padding. keys
     ``[B, G, S, D]``, values ``[B, G, S, E]``: the store, S a multiple of `block`; a query may read slots <= its position, the
     others hold anything. features ``[B, G or H, P, ...]`` by name, valid for complete blocks. notes: tensors ``[B, ...]`` of this
-    site, kept from call to call; replace entries, never write into them. board: of all sites of this cache, or an empty dict.
+    site, kept from call to call; replace entries, never write into them. board: of all sites of this cache, None for one that
+    stands alone.
     most: blocks that any query reads at most by the budget (a host number: shapes depend on it). since: the earliest slot of this
     call in any row (a host number). whole: the call is a prompt that is read in full. at: the slot of the only query, the same in
     every row, where the host knows it, else None.
@@ -100,7 +101,7 @@ class Reading:
     scale: float
     geometry: Geometry
     notes: dict[str, Tensor]
-    board: dict[str, Any]
+    board: dict[str, Any] | None
 
     @property
     def tokens(self) -> Tensor:

@@ -76,6 +76,8 @@ def reads_no_more_than_it_says(case: Case) -> None:
                     if own < 0:
                         expect(not mine, f"{where}: the row idles")
                         continue
+                    if method.stateful and set(mine) == set(range(own + 1)):
+                        continue  # this row's turn to read everything
                     expect(len(mine) <= most, f"{where}: {len(mine)} tokens, and {most} may be read")
                     expect(len(set(mine)) == len(mine) and max(mine) <= own, f"{where}: twice, or beyond its own")
                     expect(own in mine, f"{where}: not itself")

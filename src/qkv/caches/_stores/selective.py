@@ -232,7 +232,7 @@ class SelectiveCache(Recording):
         return Reading(
             q, place.to(q.device), self.keys[:, :, : used * c], self.values[:, :, : used * c],
             {name: x[:, :, :used] for name, x in self.features.items()}, c, most, since, whole, at, scale, self.geometry,
-            self.notes, {} if self.board is None else self.board.notes,
+            self.notes, None if self.board is None else self.board.notes,
         )  # fmt: skip
 
     def _chosen(self, q: Tensor, place: Tensor, step: Step) -> Tensor:
