@@ -242,7 +242,9 @@ class Runner:
     def _prefill(self, prompt: Tensor, keep: int, room: int) -> tuple[Any, Tensor, float]:
         if not len(prompt):
             raise InvalidInput("the prompt is empty; a pass needs at least one token")
-        cache = fresh_cache(self.model, len(prompt), room)
+        from qkv.hosts.transformers import captured, fresh_cache
+
+        cache = fresh_cache(self.model, len(prompt), room=room if captured(self.model) else 0)
         size = self.chunk or len(prompt)
         kept: list[Tensor] = []
         seconds = 0.0
@@ -315,24 +317,6 @@ class Runner:
         with hosts.observe(self.model, count):
             self._timed(torch.tensor([0]), cache, 1)
         return found[0]
-
-
-def fresh_cache(model: Any, prompt: int, room: int) -> Any:
-    """An empty cache that knows how long the prompt is, so that budgets given as shares hold for chunked prefill too.
-
-    room: tokens to reserve for where decoding runs in CUDA graphs, which need shapes that do not change.
-    """
-    from transformers import DynamicCache
-
-    from qkv.hosts import transformers as host
-
-    cache = DynamicCache(config=model.config)
-    session = model.__dict__.get(host._ATTRIBUTE)
-    if session is not None:
-        if session.graph is not None:
-            session.room = room
-        session.adopt(cache, prompt=prompt)
-    return cache
 
 
 def cost(passes: Sequence[Pass]) -> dict[str, Any]:

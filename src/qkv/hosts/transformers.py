@@ -889,6 +889,12 @@ def report(model: PreTrainedModel) -> Report:
     return stack.summarise(list(session.states.values()), names)
 
 
+def captured(model: PreTrainedModel) -> bool:
+    """Whether this model's decoding steps run as CUDA graphs (``graph=True``), which need room made beforehand."""
+    session = model.__dict__.get(_ATTRIBUTE)
+    return session is not None and session.graph is not None
+
+
 def fresh_cache(model: PreTrainedModel, prompt: int, *, room: int = 0, record: bool = False) -> Cache:
     """An empty cache for a generation loop of one's own, as `generate` would make it under the applied methods.
 

@@ -21,11 +21,42 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
+def _fold(
+    q, top, total, out, k_base, v_base, p_base, j, high, scale2, D, E, k_c, v_c, d, e,
+    HAS_POSITION: tl.constexpr, BOUND: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Online softmax: the running (top, total, out) with the keys j. BOUND: some lie past `high`; EVEN: D and E fill their tiles."""
+    k_at = k_base + j[None, :].to(tl.int64) * k_c + d[:, None]
+    v_at = v_base + j[:, None].to(tl.int64) * v_c + e[None, :]
+    live = j < high
+    if BOUND:
+        k = tl.load(k_at, mask=live[None, :] & (d < D)[:, None], other=0.0)
+        v = tl.load(v_at, mask=live[:, None] & (e < E)[None, :], other=0.0)
+    elif EVEN:
+        k, v = tl.load(k_at), tl.load(v_at)
+    else:
+        k = tl.load(k_at, mask=(d < D)[:, None], other=0.0)
+        v = tl.load(v_at, mask=(e < E)[None, :], other=0.0)
+    s = tl.dot(q, k, input_precision="ieee") * scale2  # [ROWS, BLOCK], in units of log2
+    if HAS_POSITION:
+        live = live & (tl.load(p_base + j, mask=live, other=-1) >= 0)
+    if BOUND or HAS_POSITION:
+        s = tl.where(live[None, :], s, float("-inf"))
+    new = tl.maximum(top, tl.max(s, 1))
+    anchor = new
+    if BOUND or HAS_POSITION:
+        anchor = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(s - anchor[:, None])
+    fade = tl.exp2(top - anchor)
+    return new, total * fade + tl.sum(p, 1), out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+
+
+@triton.jit
 def _split(
     q_ptr, k_ptr, v_ptr, length_ptr, start_ptr, position_ptr, part_ptr, lse_ptr,
     scale2, G, R, S, D, E,
     q_b, q_h, k_b, k_g, k_c, v_b, v_g, v_c, p_b, p_g,
-    HAS_START: tl.constexpr, HAS_POSITION: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_POSITION: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """One split of one (row, KV head): partial out [R, E] and its lse (base 2)."""
@@ -46,27 +77,18 @@ def _split(
     out = tl.zeros((ROWS, EP), tl.float32)
     k_base = k_ptr + b.to(tl.int64) * k_b + g.to(tl.int64) * k_g
     v_base = v_ptr + b.to(tl.int64) * v_b + g.to(tl.int64) * v_g
-    for at in range(low, high, BLOCK):
-        j = at + c
-        live = j < high
-        if HAS_POSITION:
-            place = tl.load(position_ptr + b.to(tl.int64) * p_b + g * p_g + j, mask=live, other=-1)
-            live = live & (place >= 0)
-        k = tl.load(
-            k_base + j[None, :].to(tl.int64) * k_c + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0
-        )
-        s = tl.dot(q, k, input_precision="ieee") * scale2  # [ROWS, BLOCK], in units of log2
-        s = tl.where(live[None, :], s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1))
-        anchor = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp2(s - anchor[:, None])
-        fade = tl.exp2(top - anchor)
-        v = tl.load(
-            v_base + j[:, None].to(tl.int64) * v_c + e[None, :], mask=live[:, None] & (e < E)[None, :], other=0.0
-        )
-        total = total * fade + tl.sum(p, 1)
-        out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        top = new
+    p_base = position_ptr + b.to(tl.int64) * p_b + g * p_g
+    whole = low + (tl.maximum(high - low, 0) // BLOCK) * BLOCK
+    for at in range(low, whole, BLOCK):  # whole blocks: no bound to check, so loads are wide and run ahead
+        top, total, out = _fold(
+            q, top, total, out, k_base, v_base, p_base, at + c, high, scale2, D, E, k_c, v_c, d, e,
+            HAS_POSITION, False, EVEN,
+        )  # fmt: skip
+    if whole < high:
+        top, total, out = _fold(
+            q, top, total, out, k_base, v_base, p_base, whole + c, high, scale2, D, E, k_c, v_c, d, e,
+            HAS_POSITION, True, EVEN,
+        )  # fmt: skip
     safe = tl.where(total > 0, total, 1.0)
     out = out / safe[:, None]
     lse = tl.where(total > 0, top + tl.log2(safe), float("-inf"))
@@ -173,8 +195,8 @@ def decode_attention(
         scale * LOG2E, g, r, splits, d, e,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
         position.stride(0) if position is not None else 0, position.stride(1) if position is not None else 0,
-        HAS_START=start is not None, HAS_POSITION=position is not None, ROWS=max(16, triton.next_power_of_2(r)),
-        BLOCK=block, DP=wide_d, EP=wide_e, num_warps=warps, num_stages=stages,
+        HAS_START=start is not None, HAS_POSITION=position is not None, EVEN=(d, e) == (wide_d, wide_e),
+        ROWS=max(16, triton.next_power_of_2(r)), BLOCK=block, DP=wide_d, EP=wide_e, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     _merge[(b * h,)](part, lse, out, out_lse, r, splits, e, SP=triton.next_power_of_2(splits), EP=wide_e, num_warps=4)
     return out, out_lse
