@@ -53,7 +53,7 @@ class AdaKV(CacheMethod):
         shown="at the same bytes closer to the full model than the same scorer with equal budgets",
         honest="only as good as its scorer; heads of other scales than attention are compared as if they were alike",
         limits=(Limit("full", {"budget": 1.0}, "budget >= length: exact attention"),),
-        trials=({"scorer": "h2o"}, {"scorer": "h2o", "safeguard": 1.0}),
+        trials=({"scorer": "h2o"}, {"scorer": "snapkv:window=4,kernel=3"}, {"scorer": "knorm", "safeguard": 0.0}),
         small={"budget": 9},
     )
     scorer: str = param("snapkv", "the policy whose worth is shared out, with its settings (its budget is replaced)")

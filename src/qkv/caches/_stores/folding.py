@@ -107,7 +107,7 @@ class FoldingCache(Recording):
         self.values.scatter_(2, at.expand(*v.shape), v.detach())
         self.position.scatter_(1, self.slot, position.to(torch.int32))
         torch.maximum(self.newest, position.to(torch.int32), out=self.newest)
-        if q.is_cuda and step.compute is None:
+        if q.is_cuda and q.dtype != torch.float64 and step.compute is None:
             out = self._read(q, step.scale)
         else:
             out = self._attend(q, self.keys, self.values, (self.position >= 0)[:, None, None], False, step)

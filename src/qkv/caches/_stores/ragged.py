@@ -126,7 +126,7 @@ class RaggedCache(Recording):
         self.cap: Tensor | None = None  # [B, G]
         self.keep: Tensor | None = None  # [B, G, 1] slots that each head keeps
         self.row_keep: Tensor | None = None  # [B, 1, 1] their mean per row, as the scorer knows it
-        self.tiles: tuple[Tensor, ...] | None = None  # work list of the kernel
+        self.tiles: tuple[Any, ...] | None = None  # work list of the kernel
         self.caps: list[list[int]] = []  # `cap` on the host
         self.room: int | None = 0  # tokens until some segment is full; None: never
         self.held = 0  # most slots taken by any head after the last packing
@@ -266,7 +266,7 @@ class RaggedCache(Recording):
             wide = mask.repeat_interleave(q.shape[1] // mask.shape[1], 1)
             out = step.compute(q, keys, values, mask=wide, causal=False, scale=step.scale)
             return out, attend(q, keys, values, mask=mask, scale=step.scale, mass=True).mass if self._wants() else None
-        if q.is_cuda:
+        if q.is_cuda and q.dtype != torch.float64:
             if self.tiles is None:
                 self.tiles = kernel("ragged:work_list")(self.caps, q.device)
             return kernel("ragged:ragged_decode")(
@@ -458,7 +458,9 @@ class RaggedCache(Recording):
                 setattr(self, name, x.index_select(0, rows))
 
     def _own(self) -> list[Tensor]:
-        return [x for name in NAMES if (x := getattr(self, name)) is not None] + list(self.tiles or ())
+        return [x for name in NAMES if (x := getattr(self, name)) is not None] + [
+            x for x in self.tiles or () if isinstance(x, Tensor)
+        ]
 
     def bytes(self) -> int:
         """Bytes of keys, values, positions, state and tables, spare capacity and what recording holds included."""
