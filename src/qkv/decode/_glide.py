@@ -190,8 +190,9 @@ class GlideDraft(nn.Module):
         if manifest.get("kind") != FORMAT:
             raise SavedDataError(f"{path} holds no draft of longspec")
         try:
-            draft = cls(GlideShape(**manifest["shape"]))
-            draft.load_state_dict(tensors)
+            with torch.device("meta"):
+                draft = cls(GlideShape(**manifest["shape"]))
+            draft.load_state_dict(tensors, assign=True)
         except (KeyError, TypeError, RuntimeError) as error:
             raise SavedDataError(f"{path} is not a whole draft: {error}") from error
         got = target_fingerprint(model)

@@ -146,18 +146,24 @@ def _check(model: Any, tokens: Any, recipe: Recipe) -> None:
 
 @contextmanager
 def _reading(model: Any, site: Any, held: list[Tensor]) -> Iterator[None]:
-    """While open, every forward pass of the model leaves the last layer's keys and values in `held`."""
+    """While open, the model is frozen, and every forward pass leaves the last layer's keys and values in `held`."""
 
     def keep(_: Any, call: Any) -> None:
         held[:] = [call.k, call.v]
 
-    before = model.training
+    learning = [p for p in model.parameters() if p.requires_grad]
+    modes = [(m, m.training) for m in model.modules()]
     model.eval()
+    for p in learning:
+        p.requires_grad_(False)
     try:
         with observe(model, keep, where=[site.name]):
             yield
     finally:
-        model.train(before)
+        for p in learning:
+            p.requires_grad_(True)
+        for module, mode in modes:
+            module.training = mode
 
 
 def batch_of(tokens: Tensor, recipe: Recipe, step: int, reach: int) -> tuple[Tensor, Tensor, int]:

@@ -687,8 +687,9 @@ def _original(
 ) -> tuple[Tensor, Tensor | None]:
     """A site without methods: what the model ran before."""
     n, m = q.shape[2], k.shape[2]
-    if mask is not None and mask.shape[-2] == 1 and n > 1 and causal:
-        mask = mask & causal_mask(n, m, q.device)
+    if n > 1 and causal and (m > n if mask is None else mask.shape[-2] == 1):
+        c = causal_mask(n, m, q.device)[None, None]  # torch's own causal mask is aligned to the upper left
+        mask = c if mask is None else mask & c
     state = module.__dict__.get(_ATTRIBUTE)
     original = state.session.original if state is not None else {}
     _, before = original.get(id(getattr(module, "config", None)), (None, "sdpa"))
