@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import statistics
 import time
 from functools import partial
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import LlamaConfig, LlamaForCausalLM
+from triton.testing import do_bench_cudagraph
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 import qkv
 from qkv.bench.environment import environment, write_json
@@ -67,40 +69,41 @@ def check_kernel() -> list[dict]:
     return rows
 
 
-def bench(run, repeats: int = 30) -> float:
-    """Median milliseconds by device events, the caller's inputs larger than the cache."""
-    for _ in range(5):
-        run()
-    times = []
-    for _ in range(repeats):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record()
-        run()
-        b.record()
-        b.synchronize()
-        times.append(a.elapsed_time(b))
-    return statistics.median(times)
+def bench(run) -> float:
+    """Median milliseconds of one call inside a CUDA graph, the caller's inputs larger than the cache."""
+    return do_bench_cudagraph(run, rep=30, return_mode="median")
+
+
+class Clock(StoppingCriteria):
+    """Marks the device's time at every token, without waiting for it."""
+
+    def __init__(self) -> None:
+        self.marks: list[torch.cuda.Event] = []
+
+    def __call__(self, ids, scores, **_) -> torch.Tensor:
+        """Never stops."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+    def ms(self, skip: int) -> float:
+        """Median milliseconds between tokens, the first `skip` left out."""
+        torch.cuda.synchronize()
+        marks = self.marks[skip:]
+        return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
 
 
 def decode(model, ids: torch.Tensor, new: int, **more) -> tuple[float, float, torch.Tensor]:
-    """(ms per token, seconds of the first call, tokens): the difference of a long and a short generation."""
+    """(ms per token, seconds of the first call, tokens): the second of two equal generations, its first tokens left out."""
     settings = dict(do_sample=False, attention_mask=torch.ones_like(ids), pad_token_id=0, eos_token_id=None) | more
     torch.cuda.synchronize()
     t = time.perf_counter()
-    model.generate(ids, max_new_tokens=4, **settings)
+    model.generate(ids, max_new_tokens=new, **settings)
     torch.cuda.synchronize()
-    first = time.perf_counter() - t
-    per = []
-    for _ in range(2):
-        spans = []
-        for n in (8, 8 + new):
-            torch.cuda.synchronize()
-            t = time.perf_counter()
-            out = model.generate(ids, max_new_tokens=n, **settings)
-            torch.cuda.synchronize()
-            spans.append(time.perf_counter() - t)
-        per.append((spans[1] - spans[0]) / new * 1e3)
-    return statistics.median(per), first, out
+    first, clock = time.perf_counter() - t, Clock()
+    out = model.generate(ids, max_new_tokens=new, stopping_criteria=StoppingCriteriaList([clock]), **settings)
+    return clock.ms(new // 4), first, out
 
 
 def main() -> None:
@@ -109,6 +112,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--shapes", nargs="*", default=["1x8192", "8x16384"], help="batch x context")
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("-m", "--method", action="append", help="instead of the default ones; may be repeated")
+    parser.add_argument("--no-peers", action="store_true", help="leave transformers' own caches out")
     a = parser.parse_args()
     torch.manual_seed(0)
     rows: list[dict] = []
@@ -154,11 +159,11 @@ def main() -> None:
         keep()
         print({k: v for k, v in result.items() if k != "_all"}, flush=True)
 
-    methods = ["full", "window:budget=0.25", "kivi:bits=4", "streamingllm:window=4092", "h2o:budget=0.25"]
+    methods = ["full", *(a.method or ["window:budget=0.25", "kivi:bits=4", "streamingllm:window=4092", "h2o:budget=0.25"])]
     shapes = [tuple(map(int, x.split("x"))) for x in a.shapes]
     for b, n in shapes:
-        row("transformers static, auto-compiled", b, n, settings={"cache_implementation": "static"})
-        if b == 1:
+        if not a.no_peers:
+            row("transformers static, auto-compiled", b, n, settings={"cache_implementation": "static"})
             row("transformers dynamic", b, n)
         for method in methods:
             row(f"{method} graph", b, n, method=method, graph=True)
