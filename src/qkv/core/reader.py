@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qkv.core.cache import CacheMethod, Geometry, LayerCache
+from qkv.core.cache import CacheMethod, Compute, Geometry, LayerCache
 from qkv.core.errors import Refused
 
 LARGEST, FIRM = 3.0e38, 3.2e38  # of a worth; worth of what must be read
@@ -240,6 +240,13 @@ class Reader(CacheMethod):
         """None: a call of several tokens is read in full. An int: it is read through `choose`, so many queries at a time.
 
         Such windows begin at multiples of that number in every row. Where `choose` gives None the window is read in full.
+        """
+        return None
+
+    def prompt(self, geometry: Geometry) -> Compute | None:
+        """The attention of a call that is read in full, where a method has one of its own; None: exact.
+
+        It is given all columns with the padding as mask; an attention that the host sets comes before it.
         """
         return None
 

@@ -291,7 +291,7 @@ class SelectiveCache(Recording):
             mask = (self.columns[:, None, None, : self.seen] >= 0) if mask is None else mask
         if step.mask is not None:
             mask = step.mask if mask is None else mask & step.mask
-        return (step.compute or sdpa)(
+        return (step.compute or self.reader.prompt(self.geometry) or sdpa)(
             q, keys, values, mask=mask, causal=step.causal and step.mask is None, scale=step.scale
         )
 
