@@ -320,7 +320,10 @@ class RaggedCache(Recording):
         ]
         flat = [c for row in self.caps for c in row]
         short = [
-            c - n for row in zip(self.caps, counts, keeps, strict=True) for c, n, m in zip(*row, strict=True) if c <= m
+            c - n
+            for row in zip(self.caps, counts, keeps, strict=True)
+            for c, n, m in zip(*row, strict=True)
+            if self.grows or c <= m
         ]
         self.room = min(short) if short else None
         self.held, self.most, self.since = max(map(max, counts)), max(map(max, keeps)), 0

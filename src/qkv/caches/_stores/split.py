@@ -191,6 +191,11 @@ class SplitCache(LayerCache):
         held = sum(p.index.numel() * p.index.element_size() for p in self.parts if p.index is not None)
         return held + sum(memory.bytes() for memory in self._memories)
 
+    def resident(self) -> int:
+        """Those of `bytes` that lie with the model."""
+        held = sum(p.index.numel() * p.index.element_size() for p in self.parts if p.index is not None)
+        return held + sum(memory.resident() for memory in self._memories)
+
     def kept(self) -> int:
         """The most that any part keeps."""
         return max(memory.kept() for memory in self._memories)
