@@ -17,7 +17,7 @@ from torch import Tensor
 
 import qkv
 from qkv.bench.record import Figure, record
-from qkv.caches._stores.mixed import MixedCache
+from qkv.caches._stores.mixed import Block, MixedCache
 from qkv.caches.zipvl import ZipVL
 from qkv.core.cache import CacheMethod, CacheSpec, Geometry, LayerCache
 from qkv.core.spec import param
@@ -37,15 +37,15 @@ class FixedShare(CacheMethod):
     def layer(self, geometry: Geometry) -> LayerCache:
         return MixedCache(self, geometry, bits=(16, 0), every=100, sparse="tokens")
 
-    def probes_of(self, tokens: int) -> tuple[int, int]:
-        return ZipVL().probes_of(tokens)
+    def probes_of(self, tokens: int, decoded: bool) -> tuple[int, int]:
+        return ZipVL().probes_of(tokens, decoded)
 
-    def split(self, mass: Tensor, seen: Tensor, groups: int) -> tuple[Tensor, list[int]]:
-        width, recent = mass.shape[2], self.probes_of(mass.shape[2])[0]
-        score, count = mass.mean(1) / seen, max(recent, round(self.share * width))
+    def split(self, block: Block) -> tuple[Tensor, list[int]]:
+        width, recent = block.mass.shape[2], self.probes_of(block.mass.shape[2], block.decoded)[0]
+        score, count = block.mass.mean(1) / block.seen, max(recent, round(self.share * width))
         score[:, width - recent :] = torch.inf
         flags = torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(count, dim=-1).indices, True)
-        return flags.unsqueeze(1), [count] * mass.shape[0]
+        return flags.unsqueeze(1), [count] * block.mass.shape[0]
 
 
 @final
@@ -59,13 +59,13 @@ class LeastImportant(CacheMethod):
     def layer(self, geometry: Geometry) -> LayerCache:
         return MixedCache(self, geometry, bits=(16, 0), every=100, sparse="tokens")
 
-    def probes_of(self, tokens: int) -> tuple[int, int]:
-        return ZipVL().probes_of(tokens)
+    def probes_of(self, tokens: int, decoded: bool) -> tuple[int, int]:
+        return ZipVL().probes_of(tokens, decoded)
 
-    def split(self, mass: Tensor, seen: Tensor, groups: int) -> tuple[Tensor, list[int]]:
-        width, recent = mass.shape[2], self.probes_of(mass.shape[2])[0]
-        counts = ZipVL(tau=self.tau).split(mass, seen, groups)[1]
-        score = -mass.mean(1) / seen
+    def split(self, block: Block) -> tuple[Tensor, list[int]]:
+        width, recent = block.mass.shape[2], self.probes_of(block.mass.shape[2], block.decoded)[0]
+        counts = ZipVL(tau=self.tau).split(block)[1]
+        score = -block.mass.mean(1) / block.seen
         score[:, width - recent :] = torch.inf
         rank = score.argsort(dim=-1, descending=True).argsort(-1)
         return (rank < torch.tensor(counts, device=rank.device)[:, None]).unsqueeze(1), counts
@@ -111,7 +111,7 @@ def main() -> None:
             tau = next((t for t in sweep if str(t) in name), 0.975)
             if method is None:
                 method = FixedShare(share=mean(layers[tau][-1]))
-            with applied(model, method):
+            with qkv.applied(model, method):
                 loss, logits = losses(model, ids, prompt=prompt, chunk=16)
             found[name].append((loss, *divergence(base, logits)))
             kept[name].append(mean(layers[tau][-1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,7 +41,7 @@ def feed(layer, x: tuple[Tensor, ...], cuts: list[int], padding: Tensor | None =
     return torch.cat(outs, 2)
 
 
-def ada(**more: object) -> AdaKV:
+def ada(**more: Any) -> AdaKV:
     return AdaKV(**({"scorer": "h2o", "budget": 10} | more))
 
 

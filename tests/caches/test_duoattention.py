@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def feed(layer, qkv_: tuple[Tensor, ...], cuts: list[int]) -> Tensor:
     return torch.cat(outs, 2)
 
 
-def duo(**more: object) -> DuoAttention:
+def duo(**more: Any) -> DuoAttention:
     return DuoAttention(**({"gates": GATES, "sinks": 2, "recent": 5} | more))
 
 

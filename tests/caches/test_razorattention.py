@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def feed(layer, x: tuple[Tensor, ...], cuts: list[int], compute=None) -> Tensor:
     return torch.cat(outs, 2)
 
 
-def razor(**more: object) -> RazorAttention:
+def razor(**more: Any) -> RazorAttention:
     return RazorAttention(**({"heads": (), "sinks": 2, "min_buffer": 6, "ratio": 1e6} | more))
 
 

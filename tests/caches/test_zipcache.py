@@ -19,7 +19,7 @@ from qkv.caches._stores.codecs import (
     quantize_per_token_channels,
     unpack_flags,
 )
-from qkv.caches._stores.mixed import MixedCache
+from qkv.caches._stores.mixed import Block, MixedCache, Splits
 from qkv.caches.zipcache import ZipCache, channel_quantize, cst_quantize, normalized_saliency, reference
 from qkv.core.attend import attend
 from qkv.core.cache import Geometry, Step
@@ -48,8 +48,8 @@ def step(b: int, seen: int, n: int, **more: Any) -> Step:
 def feed(layer: MixedCache, tokens: tuple[Tensor, Tensor, Tensor], cuts: list[int], **more: Any) -> Tensor:
     outs = []
     for n in cuts:
-        part = [x[:, :, layer.seen : layer.seen + n] for x in tokens]
-        outs.append(layer.attend(*part, step(part[0].shape[0], layer.seen, n, **more)))
+        q, k, v = (x[:, :, layer.seen : layer.seen + n] for x in tokens)
+        outs.append(layer.attend(q, k, v, step(q.shape[0], layer.seen, n, **more)))
     return torch.cat(outs, 2)
 
 
@@ -179,9 +179,9 @@ def test_probe_rows() -> None:
     assert rows == probe_rows(0, 100, 5, 5, 0) != probe_rows(0, 100, 5, 5, 1)
     assert probe_rows(7, 10, 5, 5, 0) == [7, 8, 9] and probe_rows(0, 6, 3, 3, 4) == [0, 1, 2, 3, 4, 5]
     assert (
-        ZipCache().probes_of(100) == (5, 5)
-        and ZipCache().probes_of(1) == (1, 0)
-        and ZipCache(probe_ratio=1.0).probes_of(9) == (5, 4)
+        ZipCache().probes_of(100, True) == (5, 5)
+        and ZipCache().probes_of(1, False) == (1, 0)
+        and ZipCache(probe_ratio=1.0).probes_of(9, True) == (5, 4)
     )
 
 
@@ -189,7 +189,7 @@ def test_probe_rows() -> None:
 
 
 def _score(layer: MixedCache, q: Tensor, k: Tensor, n: int) -> Tensor:
-    at = torch.tensor(probe_rows(0, n, *layer.method.probes_of(n), layer.seed))
+    at = torch.tensor(probe_rows(0, n, *layer.method.probes_of(n, False), layer.seed))
     return normalized_saliency(q[:, :, at], k[:, :, :n], at)
 
 
@@ -249,17 +249,17 @@ def test_decoding_is_attention_over_the_dequantised_cache(monkeypatch: pytest.Mo
 def test_the_saliency_of_decoded_tokens_is_the_attention_they_drew() -> None:
     """From the probes' softmax over everything they saw, which the store kept, not over the block alone."""
     q, k, v = draw(40, seed=4)
-    layer, seen = cache(bits=(16, 2), probe_ratio=0.4), []
-    split = layer.method.split
-    object.__setattr__(layer, "method", _Spy(layer.method, lambda m, s: seen.append(m)))
+    layer, blocks = cache(bits=(16, 2), probe_ratio=0.4), []
+    layer.method = _Spy(layer.method, blocks)
     feed(layer, (q, k, v), [20, *[1] * 10])
     at = torch.tensor(layer.plan)
     keys = torch.cat((cache_read(q, k, v), k[:, :, 20:30]), 2)
     logits = (q[:, :, 20 + at].view(1, G, 2, -1, D) * D**-0.5) @ keys.unsqueeze(2).mT
     logits = logits.masked_fill(torch.arange(30) > 20 + at[:, None], -torch.inf)
     want = logits.softmax(-1).sum(-2).view(1, H, 30)[:, :, 20:]
-    torch.testing.assert_close(seen[1], want, rtol=0, atol=1e-12)
-    assert split(seen[1], seen_by(at, 10), G)[1] == [6]
+    assert [block.starts for block in blocks] == [[0], [20]] and [block.decoded for block in blocks] == [False, True]
+    torch.testing.assert_close(blocks[1].mass, want, rtol=0, atol=1e-12)
+    assert torch.equal(blocks[1].seen, seen_by(at, 10))
 
 
 def cache_read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -269,15 +269,15 @@ def cache_read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _Spy:
-    def __init__(self, method: Any, note: Any) -> None:
-        self.method, self.note, self.id = method, note, method.id
+    def __init__(self, method: Splits, blocks: list[Block]) -> None:
+        self.method, self.blocks, self.id = method, blocks, method.id
 
-    def probes_of(self, tokens: int) -> tuple[int, int]:
-        return self.method.probes_of(tokens)
+    def probes_of(self, tokens: int, decoded: bool) -> tuple[int, int]:
+        return self.method.probes_of(tokens, decoded)
 
-    def split(self, mass: Tensor, seen: Tensor, groups: int) -> tuple[Tensor, list[int]]:
-        self.note(mass, seen)
-        return self.method.split(mass, seen, groups)
+    def split(self, block: Block) -> tuple[Tensor, list[int]]:
+        self.blocks.append(block)
+        return self.method.split(block)
 
 
 @pytest.mark.parametrize("setting", [{"bits": (16, 16)}, {"bits": 16}, {"regroup_every": 1000}])

@@ -36,16 +36,16 @@ def draw(n: int, b: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def feed(layer: MixedCache, tokens: tuple[Tensor, Tensor, Tensor], cuts: list[int], **more: Any) -> Tensor:
     outs = []
     for n in cuts:
-        part = [x[:, :, layer.seen : layer.seen + n] for x in tokens]
-        position = torch.arange(layer.seen, layer.seen + n, dtype=torch.int32).expand(part[0].shape[0], n)
-        outs.append(layer.attend(*part, Step(position, D**-0.5, **more)))
+        q, k, v = (x[:, :, layer.seen : layer.seen + n] for x in tokens)
+        position = torch.arange(layer.seen, layer.seen + n, dtype=torch.int32).expand(q.shape[0], n)
+        outs.append(layer.attend(q, k, v, Step(position, D**-0.5, **more)))
     return torch.cat(outs, 2)
 
 
 def mass(layer: MixedCache, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Drawn ``[N]`` from the probes of a prompt, mean over heads, and how many of them could see each token."""
     n = q.shape[2]
-    at = torch.tensor(probe_rows(0, n, *layer.method.probes_of(n), layer.seed))
+    at = torch.tensor(probe_rows(0, n, *layer.method.probes_of(n, False), layer.seed))
     return probe_mass(q[:, :, at], k, at, scale=D**-0.5).mean(1)[0], seen_by(at, n)
 
 
@@ -228,7 +228,8 @@ def test_parameters() -> None:
         "tau": 0.975, "probes": (64, 64), "bits": (4, 2), "mode": "quantize", "dense_queries": False, "regroup_every": 100,
         "seed": 0,
     }  # fmt: skip
-    assert m.probes_of(4000) == (64, 64) and m.probes_of(110) == (64, 46) and m.probes_of(100) == (5, 5)  # type: ignore[attr-defined]
+    assert m.probes_of(4000, False) == (64, 64) and m.probes_of(110, False) == (64, 46)  # type: ignore[attr-defined]
+    assert m.probes_of(100, True) == (5, 5) and m.probes_of(9, True) == (1, 1)  # type: ignore[attr-defined]
     assert qkv.method("zipvl:probes=[8,8],mode=evict").layer(Geometry(9, 3, 64, 64)).bits == (4, 0)  # type: ignore[attr-defined]
     for bad in (
         {"tau": 0.0}, {"tau": 1.1}, {"probes": (0, 8)}, {"probes": (8,)}, {"probes": (8, -1)}, {"bits": 3}, {"bits": (4, 2, 2)},

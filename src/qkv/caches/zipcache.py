@@ -29,7 +29,7 @@ from torch import Tensor
 
 from qkv.caches._saliency import normalized_saliency
 from qkv.caches._stores.codecs import BITS, channel_quantize, cst_quantize
-from qkv.caches._stores.mixed import MixedCache
+from qkv.caches._stores.mixed import Block, MixedCache
 from qkv.core.cache import CacheMethod, CacheSpec, Geometry, LayerCache, require
 from qkv.core.spec import Limit, param
 
@@ -136,17 +136,17 @@ class ZipCache(CacheMethod):
             high = low
         return MixedCache(self, geometry, bits=(high, low), every=self.regroup_every, seed=self.seed)
 
-    def probes_of(self, tokens: int) -> tuple[int, int]:
+    def probes_of(self, tokens: int, decoded: bool) -> tuple[int, int]:
         """See `Splits.probes_of`."""
         recent = math.ceil(tokens * self.probe_ratio / 2)
         return recent, min(tokens, math.ceil(tokens * self.probe_ratio)) - recent
 
-    def split(self, mass: Tensor, seen: Tensor, groups: int) -> tuple[Tensor, list[int]]:
+    def split(self, block: Block) -> tuple[Tensor, list[int]]:
         """The most salient tokens of each KV head."""
-        rows, heads, width = mass.shape
-        score = mass.view(rows, groups, heads // groups, width).sum(2)
+        (rows, heads, width), groups = block.mass.shape, block.keys.shape[1]
+        score = block.mass.view(rows, groups, heads // groups, width).sum(2)
         if self.normalize:
-            score = score / seen
+            score = score / block.seen
         count = int(self.salient_ratio * width + 0.5)
         flags = torch.zeros_like(score, dtype=torch.bool)
         return flags.scatter(-1, score.topk(count, dim=-1).indices, True), [count] * rows

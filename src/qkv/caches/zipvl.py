@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from qkv.caches._stores.codecs import BITS
-from qkv.caches._stores.mixed import MixedCache
+from qkv.caches._stores.mixed import Block, MixedCache
 from qkv.core.attend import causal_mask
 from qkv.core.cache import CacheMethod, CacheSpec, Geometry, LayerCache, require
 from qkv.core.errors import InvalidInput, InvalidParameter
@@ -129,20 +129,20 @@ class ZipVL(CacheMethod):
             sparse="keys" if self.dense_queries else "tokens",
         )
 
-    def probes_of(self, tokens: int) -> tuple[int, int]:
-        """See `Splits.probes_of`: those of a prompt, and a tenth of the tokens of a block that decoding filled."""
+    def probes_of(self, tokens: int, decoded: bool) -> tuple[int, int]:
+        """See `Splits.probes_of`: those of a prompt, and at most a tenth of the tokens of a block that decoding fills."""
         recent, others = self.probes
-        if tokens <= self.regroup_every:
+        if decoded:
             recent, others = min(recent, math.ceil(tokens / 20)), min(others, math.ceil(tokens / 20))
         recent = min(recent, tokens)
         return recent, min(others, tokens - recent)
 
-    def split(self, mass: Tensor, seen: Tensor, groups: int) -> tuple[Tensor, list[int]]:
+    def split(self, block: Block) -> tuple[Tensor, list[int]]:
         """See `Splits.split`: how many by mass, which by normalised mass."""
-        drawn, width = mass.mean(1), mass.shape[2]
-        recent = self.probes_of(width)[0]
+        drawn, width = block.mass.mean(1), block.mass.shape[2]
+        recent = self.probes_of(width, block.decoded)[0]
         counts = dynamic_ratio(drawn, self.tau).clamp(min=recent)
-        score = drawn / seen
+        score = drawn / block.seen
         score[:, width - recent :] = torch.inf
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         return (rank < counts[:, None]).unsqueeze(1), counts.tolist()

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, final
 
 import torch
@@ -54,6 +55,28 @@ from qkv.core.merge import merge
 BLOCK_ELEMENTS = 1 << 20  # codes held in floating point at once
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Tokens that are about to be stored together, of rows that are alike.
+
+    keys ``[R, G, W, D]``, values ``[R, G, W, E]``, starts: the position of the first one in each row. queries ``[R, H, N, D]``:
+    of the newest N of them, which this call brought (N = 1: decoding filled the block). mass ``[R, H, W]``: attention that they
+    drew from the probes, seen ``[W]``: how many of the probes could see each, at least 1.
+    """
+
+    keys: Tensor
+    values: Tensor
+    starts: list[int]
+    queries: Tensor
+    mass: Tensor
+    seen: Tensor
+
+    @property
+    def decoded(self) -> bool:
+        """Whether single tokens filled the block."""
+        return self.queries.shape[2] == 1
+
+
 class Splits(Protocol):
     """What a method tells the store."""
 
@@ -62,16 +85,12 @@ class Splits(Protocol):
         """Its name, for messages."""
         ...
 
-    def probes_of(self, tokens: int) -> tuple[int, int]:
-        """For a block of that many tokens: how many of the newest queries are probes, and how many of the others."""
+    def probes_of(self, tokens: int, decoded: bool) -> tuple[int, int]:
+        """How many of the newest queries of a block are probes, and how many of the others; decoded: it fills token by token."""
         ...
 
-    def split(self, mass: Tensor, seen: Tensor, groups: int) -> tuple[Tensor, list[int]]:
-        """Which tokens of a block are precise.
-
-        mass: ``[R, H, W]`` attention drawn from the probes, seen: ``[W]`` how many of them could see a token. Returns bools
-        ``[R, groups or 1, W]`` and how many are set in every head of each row.
-        """
+    def split(self, block: Block) -> tuple[Tensor, list[int]]:
+        """Which tokens of a block are precise: bools ``[R, G or 1, W]``, and how many are set in every head of each row."""
         ...
 
 
@@ -223,7 +242,7 @@ class MixedCache(Recording):
         self.method, self.geometry, self.bits, self.every, self.seed = method, geometry, bits, every, seed
         self.sparse = sparse
         self.mixed = bits[0] != bits[1] or sparse is not None
-        self.plan = probe_rows(0, every, *method.probes_of(every), seed) if self.mixed else []
+        self.plan = probe_rows(0, every, *method.probes_of(every, True), seed) if self.mixed else []
         self.reset()
 
     def reset(self) -> None:
@@ -298,14 +317,14 @@ class MixedCache(Recording):
         lse = self._lse(rows, q, own_k, new, scale) if new and n > 1 else None
         picked = None
         if full and n > 1 and self.sparse is not None:
-            picked = self._split(rows, q, own_k, new, lse, scale)
+            picked = self._split(rows, q, own_k, own_v, new, lse, scale)
             out = self._sparse(rows, q, own_k, own_v, picked[0], scale, compute)
         else:
             out, every = self._dense(rows, q, own_k, own_v, scale, compute)
             if new and n == 1:
                 lse = every if every is not None else self._lse(rows, q, own_k, new, scale)
         if full:
-            flags, counts = self._split(rows, q, own_k, new, lse, scale) if picked is None else picked
+            flags, counts = self._split(rows, q, own_k, own_v, new, lse, scale) if picked is None else picked
             self._shelve(rows, own_k.detach(), own_v.detach(), flags, counts)
         else:
             self._wait(rows, m, q, k, v, new, lse)
@@ -325,7 +344,7 @@ class MixedCache(Recording):
         if not self.mixed:
             return []
         if full and n > 1:
-            return probe_rows(m, m + n, *self.method.probes_of(m + n), self.seed)
+            return probe_rows(m, m + n, *self.method.probes_of(m + n, False), self.seed)
         return self.plan[bisect_left(self.plan, m) : bisect_left(self.plan, m + n)]
 
     def _history(self, rows: list[int]) -> bool:
@@ -413,22 +432,31 @@ class MixedCache(Recording):
         return torch.logaddexp(own.lse, self._stored(rows, x, scale)[1])
 
     def _split(
-        self, rows: list[int], q: Tensor, own_k: Tensor, new: list[int], lse: Tensor | None, scale: float
+        self,
+        rows: list[int],
+        q: Tensor,
+        own_k: Tensor,
+        own_v: Tensor,
+        new: list[int],
+        lse: Tensor | None,
+        scale: float,
     ) -> tuple[Tensor, list[int]]:
         """The method's split of the waiting and the new tokens, from the probes of both."""
         n, total = q.shape[2], own_k.shape[2]
         if not self.mixed:
             return torch.ones(len(rows), 1, total, dtype=torch.bool, device=q.device), [total] * len(rows)
+        q, own_k, own_v = q.detach(), own_k.detach(), own_v.detach()
         old = self.plan[: bisect_left(self.plan, total - n)]
-        at = torch.tensor(old + new, device=q.device)
-        x = q.detach()[:, :, at[len(old) :] - (total - n)]
+        at = torch.tensor(old + new, dtype=torch.int64, device=q.device)
+        x = q[:, :, at[len(old) :] - (total - n)]
         if old:
             assert self.probe_q is not None and self.probe_lse is not None
             x = torch.cat((_rows(self.probe_q, rows)[:, :, : len(old)], x), 2)
             if lse is not None:
                 lse = torch.cat((_rows(self.probe_lse, rows)[:, :, : len(old)], lse), 2)
-        mass = probe_mass(x, own_k.detach(), at, scale=scale, lse=lse)
-        return self.method.split(mass, seen_by(at, total), own_k.shape[1])
+        mass = probe_mass(x, own_k, at, scale=scale, lse=lse)
+        starts = [self.length[row] - self.waiting[row] for row in rows]
+        return self.method.split(Block(own_k, own_v, starts, q, mass, seen_by(at, total)))
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
