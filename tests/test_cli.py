@@ -312,6 +312,17 @@ def test_generate_prints_text_to_stdout_and_facts_to_stderr(qkv_command, folder,
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_generate_keeps_a_cache_and_goes_on_from_it(qkv_command, folder, tmp_path):
+    same = ("-m", "h2o:budget=8", "-n", "5", "--json")
+    code, first, err = qkv_command("generate", folder, *same, "--prompt", "abcdefghijkl", "--save-cache", tmp_path / "c")
+    assert code == 0, err
+    code, later, err = qkv_command("generate", folder, *same, "--prompt", "l", "--cache", tmp_path / "c")
+    assert code == 0, err
+    assert json.loads(later)["tokens"] == json.loads(first)["tokens"] and json.loads(later)["prompt_tokens"] == 12
+    code, _, err = qkv_command("generate", folder, "-m", "h2o:budget=9", "--prompt", "l", "--cache", tmp_path / "c")
+    assert code != 0 and "filled under h2o" in err
+
+
 def test_generate_tells_what_the_model_cannot_do(qkv_command, folder):
     code, _, err = qkv_command("generate", folder, "--prompt", "a" * 1000, "-n", "100")
     assert code == 2 and "1024 positions" in err

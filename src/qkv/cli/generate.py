@@ -15,6 +15,8 @@ EXAMPLES = (
     'qkv generate smollm2 --prompt "The capital of France is"',
     'qkv generate smollm2 -m kivi:bits=2 --chat --prompt "Why is the sea salty?"',
     "qkv generate smollm2 -m h2o:budget=256 --prompt-file long.txt --tokens 200",
+    "qkv generate smollm2 -m snapkv:budget=0.25 --prompt-file long.txt --save-cache notes/",
+    'qkv generate smollm2 -m snapkv:budget=0.25 --cache notes/ --prompt "Who wrote it?"',
 )
 
 
@@ -33,6 +35,14 @@ def command(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
     temperature: Annotated[float, typer.Option("--temperature", min=1e-3, help="With --sample.")] = 1.0,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", metavar="DIR", help="Go on from a saved cache: the prompt follows its text.", show_default=False),
+    ] = None,
+    save_cache: Annotated[
+        Path | None,
+        typer.Option("--save-cache", metavar="DIR", help="Keep the prompt's compressed cache in DIR.", show_default=False),
+    ] = None,
     seed: Annotated[int, SEED] = 0,
     dtype: Annotated[str | None, DTYPE] = None,
     device: Annotated[str | None, DEVICE] = None,
@@ -42,7 +52,8 @@ def command(
     chosen = methods_of(method or ["full"])
     words = _prompt(prompt, prompt_file)
     network, tokenizer = load_model(model, dtype, device)
-    _run(network, tokenizer, chosen, words, tokens, chat, {"do_sample": sample, "temperature": temperature}, seed, json)
+    how = {"do_sample": sample, "temperature": temperature}
+    _run(network, tokenizer, chosen, words, tokens, chat, how, seed, json, (cache, save_cache))
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
@@ -76,7 +87,9 @@ def _run(
     how: dict[str, Any],
     seed: int,
     json: bool,
+    folders: tuple[Path | None, Path | None],
 ) -> None:
+    """folders: of the cache to go on from, and to keep the prompt's cache in."""
     import torch
 
     import qkv
@@ -89,20 +102,18 @@ def _run(
         inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         inputs = tokenizer(words, return_tensors="pt")
-    inputs = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-    length = inputs["input_ids"].shape[1]
-    reach = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if reach is not None and length + tokens > reach:
-        raise InvalidInput(
-            f"{length} prompt tokens and {tokens} new ones exceed the {reach} positions this model knows"
-        )
+    ids = inputs["input_ids"].to(model.device)
     how = how if how["do_sample"] else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     torch.manual_seed(seed)
     streamer = None if json else _streamer(tokenizer)
     with qkv.applied(model, *methods):  # pyright: ignore[reportGeneralTypeIssues]
         start = time.perf_counter()
+        ids, cache = _before(model, ids, tokens, *folders)
+        length = ids.shape[1]
         with torch.no_grad():
-            out = model.generate(**inputs, max_new_tokens=tokens, streamer=streamer, **how)
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, streamer=streamer, past_key_values=cache, **how
+            )
         seconds = time.perf_counter() - start
         done = qkv.report(model)
     fresh = out[0, length:]
@@ -116,6 +127,33 @@ def _run(
     sys.stdout.flush()
     said = f"{len(fresh)} tokens in {seconds:.1f} s after {length}; {', '.join(map(str, methods))}: {done}"
     messages().print(said, style="dim", markup=False, soft_wrap=True)
+
+
+def _before(model: Any, ids: Any, tokens: int, source: Path | None, target: Path | None) -> tuple[Any, Any]:
+    """(all token ids, the cache to go on from or None): the prompt after a saved text, its own cache kept where asked for."""
+    import torch
+
+    from qkv import hosts
+    from qkv.core.errors import InvalidInput
+
+    saved, prompt = None, ids
+    if source is not None:
+        saved = hosts.load_cache(model, source)
+        if saved.input_ids is None:
+            raise InvalidInput(f"{source} was saved without its token ids, so no text can follow it; save it with input_ids")
+        ids = torch.cat((saved.input_ids.expand(len(ids), -1), ids), 1)
+    reach = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if reach is not None and ids.shape[1] + tokens > reach:
+        raise InvalidInput(f"{ids.shape[1]} prompt tokens and {tokens} new ones exceed the {reach} positions this model knows")
+    if target is None:
+        return ids, saved.cache if saved else None
+    cache = saved.cache if saved else hosts.fresh_cache(model, ids.shape[1])
+    if prompt.shape[1] < 2:
+        raise InvalidInput("a cache is kept of all prompt tokens but the last; give a prompt of at least two tokens")
+    with torch.no_grad():
+        model(prompt[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    hosts.save_cache(model, cache, target, ids[:, :-1])
+    return ids, cache
 
 
 def _streamer(tokenizer: Any) -> Any:

@@ -15,7 +15,10 @@ from qkv.core.errors import InvalidInput
 from qkv.core.site import Site
 from qkv.core.spec import Method
 
-__all__ = ["applied", "apply", "attending", "observe", "plan", "report", "revert", "save", "sites"]
+__all__ = [
+    "applied", "apply", "attending", "fresh_cache", "load_cache", "observe", "plan", "report", "revert", "save", "save_cache",
+    "sites",
+]  # fmt: skip
 
 
 def _host(model: Any) -> Any:
@@ -101,3 +104,31 @@ def attending(model: Any, function: Any, where: Any = "all") -> Iterator[list[Si
 def save(model: Any, path: str | Path) -> None:
     """Write the applied stack to a folder: a manifest and the tensors that differ from the base model (atomic)."""
     _host(model).save(model, path)
+
+
+def fresh_cache(model: Any, prompt: int, *, room: int = 0, record: bool = False) -> Any:
+    """An empty cache for a generation loop of one's own, as ``generate`` would make it under the applied methods.
+
+    prompt: its columns, padding included (what is compressed at once). room: columns to reserve, 0 for none. record: every
+    later block is provisional until ``crop(-n)``, which takes back its newest n tokens and settles the others.
+    """
+    return _host(model).fresh_cache(model, prompt, room=room, record=record)
+
+
+def save_cache(model: Any, cache: Any, path: str | Path, input_ids: Any = None) -> None:
+    """Write a filled cache (``past_key_values``) with the methods that filled it to a folder (atomic).
+
+    input_ids ``[B, seen]``: kept beside it when given, so that a later run can go on with another question:
+    ``model.generate(torch.cat((saved.input_ids, question), 1), past_key_values=saved.cache)``. Raises `StateError` (an empty
+    cache, or one that other methods filled), `Refused`, `SavedDataError`.
+    """
+    _host(model).save_cache(model, cache, path, input_ids)
+
+
+def load_cache(model: Any, path: str | Path) -> Any:
+    """A cache saved by `save_cache`, ready to go on: ``(cache, input_ids)``.
+
+    The model must carry the same methods at the same sites and have the weights that filled it; `SavedDataError` says what
+    differs. The folder can be loaded many times: each time a copy.
+    """
+    return _host(model).load_cache(model, path)

@@ -14,7 +14,6 @@ import copy
 import functools
 import inspect
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,10 +38,10 @@ from qkv.core.spec import Method
 from qkv.core.steering import Steering
 from qkv.hosts import stack
 from qkv.hosts.stack import Call, Entry, Plan, Report, SiteState, Verdict
+from qkv.hosts.transformers_cache import QKVLayer, SavedCache, cache_manifest, handoff, layers_of, refill
 
 NAME = "qkv"
 _ATTRIBUTE = "_qkv"
-_handoff = threading.local()
 
 
 # -- sites --------------------------------------------------------------------------------------------------------
@@ -458,88 +457,6 @@ def _session(model: PreTrainedModel, doing: str) -> Session:
     return session
 
 
-# -- the cache layer ----------------------------------------------------------------------------------------------
-
-
-class QKVLayer(DynamicLayer):
-    """A cache layer of transformers around a `LayerCache`."""
-
-    is_croppable = True
-
-    def __init__(self, memory: LayerCache, state: SiteState) -> None:
-        super().__init__()
-        self.memory, self.state = memory, state
-        self.record_past = False
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hand over to the attention function that follows on the same tensors."""
-        pending = getattr(_handoff, "pending", None)
-        if pending is not None and pending[0] is self:
-            raise StateError(
-                f"{self.state.site.name}: the last keys never reached qkv's attention function; the model changed them "
-                "between its cache and its attention, so this model is not supported"
-            )
-        _handoff.pending = (self, key_states)
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        """Logical tokens seen."""
-        return self.memory.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical sizes: masks are made in logical columns and re-indexed where slots are read."""
-        return self.memory.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No limit of its own."""
-        return -1
-
-    def activate_past_recording(self) -> None:
-        """Blocks are provisional until `crop`."""
-        self.record_past = True
-        self.memory.record()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens (a count <= 0, as in transformers 5)."""
-        if tokens_to_remove > 0:
-            raise InvalidInput(f"crop takes the number of tokens to remove as a negative count, got {tokens_to_remove}")
-        self.memory.crop(-tokens_to_remove)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.memory.reset()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beams."""
-        self.memory.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        indices = torch.as_tensor(indices)
-        self.memory.select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat rows."""
-        rows = self.memory.positions().shape[0] if self.memory.seen else 0
-        if rows:
-            self.memory.select(torch.arange(rows).repeat_interleave(repeats))
-
-    def offload(self) -> None:
-        """Not supported: the memory decides where it lives."""
-        raise Refused(
-            "offloading through transformers is not supported with qkv caches; use a qkv method that offloads"
-        )
-
-    prefetch = offload
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> QKVLayer:
-        """A copy with a memory of its own at the same site of the same model."""
-        twin = QKVLayer(copy.deepcopy(self.memory, memo), self.state)
-        twin.record_past = self.record_past
-        return twin
-
-
 # -- the attention and mask functions -----------------------------------------------------------------------------
 
 
@@ -576,11 +493,11 @@ def attention_function(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The one attention function of every model that carries qkv. q ``[B, H, N, D]`` -> ``[B, N, H, E]``."""
-    pending = getattr(_handoff, "pending", None)
+    pending = getattr(handoff, "pending", None)
     layer: QKVLayer | None = None
     if pending is not None and pending[1] is key:
         layer = pending[0]
-        _handoff.pending = None
+        handoff.pending = None
     state: SiteState | None = module.__dict__.get(_ATTRIBUTE)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if state is not None and state.instead is not None:
@@ -980,24 +897,54 @@ def save(model: PreTrainedModel, path: str | Path) -> None:
     """See `qkv.save`."""
     session = _session(model, "save")
     tensors: dict[str, Tensor] = {}
-    entries = []
     for i, entry in enumerate(session.entries):
-        entries.append({"method": entry.method.to_dict(), "sites": [s.name for s in entry.sites], "notes": entry.notes})
         if entry.method.spec.kind == "conversion":
             for site in entry.sites:
                 module = model.get_submodule(site.name)
                 tensors |= {f"{i}/{site.name}/{k}": v for k, v in module.state_dict().items()}
-    base = copy.copy(session)
-    manifest = {
+    stack.write_folder(path, _manifest(session), tensors)
+
+
+def _manifest(session: Session) -> dict[str, Any]:
+    """What the model is and what it carries."""
+    model = session.model
+    return {
         "library": "transformers",
-        "stack": entries,
+        "stack": [
+            {"method": e.method.to_dict(), "sites": [s.name for s in e.sites], "notes": e.notes} for e in session.entries
+        ],
         "base": {
-            "name": base.base or getattr(model.config, "_name_or_path", "") or None,
+            "name": session.base or getattr(model.config, "_name_or_path", "") or None,
             "class": type(model).__name__,
             "fingerprint": _base_fingerprint(session),
         },
     }
-    stack.write_folder(path, manifest, tensors)
+
+
+def save_cache(model: PreTrainedModel, cache: Cache, path: str | Path, input_ids: Tensor | None = None) -> None:
+    """See `qkv.hosts.save_cache`."""
+    session = _session(model, "save_cache")
+    if cache.__dict__.get(_ATTRIBUTE) is not session:
+        raise StateError("this cache was not filled under the methods that the model carries now; nothing was written")
+    own, tensors = cache_manifest(cache, input_ids)
+    stack.write_folder(path, _manifest(session) | own, tensors)
+
+
+def load_cache(model: PreTrainedModel, path: str | Path) -> SavedCache:
+    """See `qkv.hosts.load_cache`."""
+    session = _session(model, "load_cache")
+    manifest, tensors = stack.read_folder(path)
+    layers_of(manifest, path)  # a folder of another sort is refused before the model is looked at
+    here, base = _manifest(session), manifest.get("base")
+    if not isinstance(base, dict) or here["base"]["fingerprint"] != base.get("fingerprint"):
+        whose = base.get("class") if isinstance(base, dict) else "model"
+        raise SavedDataError(f"{path} holds the cache of a {whose} with other weights; load it with the model that filled it")
+    saved = stack.methods_of(manifest, path)
+    if [(m.to_dict(), names) for m, names, _ in saved] != [(e["method"], e["sites"]) for e in here["stack"]]:
+        theirs, ours = (", ".join(map(str, x)) for x in ([m for m, _, _ in saved], [e.method for e in session.entries]))
+        raise SavedDataError(f"{path} was filled under {theirs}; the model carries {ours}, or carries them at other sites")
+    cache = fresh_cache(model, int(manifest["seen"]))
+    return refill(cache, manifest, tensors, path, next(model.parameters()).device)
 
 
 def _base_fingerprint(session: Session) -> str:
@@ -1021,6 +968,8 @@ def restore(
     **options: Any,
 ) -> PreTrainedModel:
     """See `qkv.load`."""
+    if manifest.get("what") == "cache":
+        raise SavedDataError(f"{path} holds a filled cache, not methods; read it with qkv.hosts.load_cache(model, path)")
     entries = stack.methods_of(manifest, path)
     base = manifest.get("base")
     if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), str):

@@ -1,0 +1,162 @@
+"""Cache layers of transformers around our memories, and a filled cache written to a folder and read again."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from qkv.core.cache import LayerCache
+from qkv.core.errors import InvalidInput, QKVError, Refused, SavedDataError, StateError
+from qkv.hosts.stack import SiteState
+
+handoff = threading.local()
+"""Keys and values on their way from a cache layer's `update` to the attention function that follows, per thread."""
+
+
+class QKVLayer(DynamicLayer):
+    """A cache layer of transformers around a `LayerCache`."""
+
+    is_croppable = True
+
+    def __init__(self, memory: LayerCache, state: SiteState) -> None:
+        super().__init__()
+        self.memory, self.state = memory, state
+        self.record_past = False
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hand over to the attention function that follows on the same tensors."""
+        pending = getattr(handoff, "pending", None)
+        if pending is not None and pending[0] is self:
+            raise StateError(
+                f"{self.state.site.name}: the last keys never reached qkv's attention function; the model changed them "
+                "between its cache and its attention, so this model is not supported"
+            )
+        handoff.pending = (self, key_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Logical tokens seen."""
+        return self.memory.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical sizes: masks are made in logical columns and re-indexed where slots are read."""
+        return self.memory.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit of its own."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Blocks are provisional until `crop`."""
+        self.record_past = True
+        self.memory.record()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens (a count <= 0, as in transformers 5)."""
+        if tokens_to_remove > 0:
+            raise InvalidInput(f"crop takes the number of tokens to remove as a negative count, got {tokens_to_remove}")
+        self.memory.crop(-tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.memory.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beams."""
+        self.memory.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        indices = torch.as_tensor(indices)
+        self.memory.select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat rows."""
+        rows = self.memory.positions().shape[0] if self.memory.seen else 0
+        if rows:
+            self.memory.select(torch.arange(rows).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Not supported: the memory decides where it lives."""
+        raise Refused(
+            "offloading through transformers is not supported with qkv caches; use a qkv method that offloads"
+        )
+
+    prefetch = offload
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QKVLayer:
+        """A copy with a memory of its own at the same site of the same model."""
+        twin = QKVLayer(copy.deepcopy(self.memory, memo), self.state)
+        twin.record_past = self.record_past
+        return twin
+
+
+class SavedCache(NamedTuple):
+    """A cache read from a folder, and the token ids ``[B, seen]`` it was filled with (None if they were not kept)."""
+
+    cache: Cache
+    input_ids: Tensor | None
+
+
+def cache_manifest(cache: Cache, input_ids: Tensor | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is to be written of a filled cache: its part of the manifest, and its tensors by layer and name."""
+    tensors: dict[str, Tensor] = {}
+    held: list[int] = []
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, QKVLayer):
+            if int(layer.get_seq_length()) > 0:
+                raise Refused(
+                    f"layer {i} keeps a cache of transformers' own, which qkv does not write; apply `full` there too"
+                )
+            continue
+        if layer.record_past:
+            raise StateError("the cache is in the middle of speculative decoding; crop it first")
+        held.append(i)
+        tensors |= {f"{i}/{name}": x for name, x in layer.memory.tensors().items()}
+    seen = cache.layers[held[0]].get_seq_length() if held else 0
+    if not seen:
+        raise StateError("the cache is empty; there is nothing to save")
+    if input_ids is not None:
+        if input_ids.ndim != 2 or input_ids.shape[1] != seen:
+            raise InvalidInput(f"input_ids {tuple(input_ids.shape)} are not the {seen} columns that the cache has seen")
+        tensors["input_ids"] = input_ids
+    return {"what": "cache", "seen": seen, "layers": held}, tensors
+
+
+def layers_of(manifest: dict[str, Any], path: str | Path) -> list[int]:
+    """The layers of a saved cache. Raises `SavedDataError` unless the folder holds one."""
+    layers, seen = manifest.get("layers"), manifest.get("seen")
+    if manifest.get("what") != "cache" or not isinstance(layers, list) or not isinstance(seen, int) or seen < 1:
+        raise SavedDataError(f"{path} holds no cache saved by qkv.hosts.save_cache")
+    return layers
+
+
+def refill(
+    cache: Cache, manifest: dict[str, Any], tensors: dict[str, Tensor], path: str | Path, device: torch.device
+) -> SavedCache:
+    """Restore every layer of a fresh cache. Raises `SavedDataError` when folder and cache do not fit."""
+    wanted = layers_of(manifest, path)
+    mine = [i for i, layer in enumerate(cache.layers) if isinstance(layer, QKVLayer)]
+    if mine != wanted:
+        raise SavedDataError(f"{path} holds layers {wanted}, this model's methods serve {mine}")
+    ids = tensors.pop("input_ids", None)
+    for i in mine:
+        memory = cache.layers[i].memory  # type: ignore[attr-defined]
+        own = {k.partition("/")[2]: x.to(device) for k, x in tensors.items() if k.partition("/")[0] == str(i)}
+        try:
+            memory.restore(own)
+        except (QKVError, KeyError, ValueError, RuntimeError) as error:
+            raise SavedDataError(f"{path}: layer {i} does not fit its method ({error})") from error
+        if memory.seen != manifest["seen"]:
+            raise SavedDataError(f"{path}: layer {i} saw {memory.seen} tokens, the manifest says {manifest['seen']}")
+    left = {k.partition("/")[0] for k in tensors} - {str(i) for i in mine}
+    if left:
+        raise SavedDataError(f"{path} holds tensors of unknown layers: {', '.join(sorted(left))}")
+    return SavedCache(cache, None if ids is None else ids.to(device))
