@@ -20,13 +20,13 @@ from qkv.core.cache import CacheSpec, Policy, View
 from qkv.core.spec import Limit, budget_param, param
 
 
-def reference(attention: Tensor, budget: int) -> list[int]:
-    """Positions kept after each query of a map ``[H, N, N]`` fed token by token; the last query's set."""
+def reference(logits: Tensor, budget: int) -> list[int]:
+    """Positions kept after the last query of ``[H, N, N]`` (before the softmax), fed token by token."""
     kept: list[int] = []
-    for t in range(attention.shape[-1]):
+    for t in range(logits.shape[-1]):
         kept.append(t)
         if len(kept) > budget:
-            row = attention[:, t, kept].mean(0)
+            row = logits[:, t, kept].softmax(-1).mean(0)
             del kept[int(row[:-1].argmin())]  # never the newest
     return kept
 
