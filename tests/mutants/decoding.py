@@ -14,6 +14,8 @@ from qkv.core.decoding import Sampling
 from qkv.core.spec import Limit
 from qkv.decode._common import loop
 from qkv.decode._common.target import Target
+from qkv.decode.longspec import LongSpec
+from qkv.decode.speckv import SpecKV
 from qkv.decode.speculative import Speculative
 from qkv.testing import mutant
 
@@ -81,7 +83,41 @@ def ends_nowhere(tokens: list[int], ends: frozenset[int]) -> list[int]:
     return tokens
 
 
-AGREED, SETTLE = loop._agreed, Target.settle
+def all_nodes_see_all(parents: list[int]) -> Tensor:
+    """A tree mask of ones."""
+    return torch.ones(len(parents), len(parents), dtype=torch.bool)
+
+
+def places_by_index(self: Target, certain: Tensor, nodes: Tensor, depth: Tensor, above: Tensor) -> Tensor:
+    """A node stands at its number in the tree, not at its depth."""
+    return VERIFY_TREE(self, certain, nodes, torch.arange(1, nodes.shape[0] + 1), above)
+
+
+def ratio_of_chosen_children(
+    target: Target, proposer: Any, proposal: Any, certain: Tensor, sampling: Sampling, generator: Any
+) -> tuple[list[int], int, list[int]]:
+    """The published rule: the draft's likeliest tokens are accepted as if they had been drawn from it (here with q = 1)."""
+    parents, tokens = list(proposal.parents), proposal.tokens.tolist()
+    above = loop.ancestors(parents)
+    p = sampling.probabilities(target.verify_tree(certain, proposal.tokens, above.sum(-1), above))
+    path, at = [], -1
+    while (child := next((i for i, x in enumerate(parents) if x == at), None)) is not None:
+        if torch.rand((), generator=generator) >= min(1.0, float(p[at + 1, tokens[child]]) / 0.5):
+            break
+        path, at = [*path, child], child
+    last = int(torch.multinomial(p[at + 1], 1, generator=generator))
+    kept = [tokens[i] for i in path]
+    target.settle(len(tokens))
+    proposer.verified(certain.shape[0], path)
+    return kept, last, [*kept, last]
+
+
+def one_short(self: SpecKV, keep: int, guess: int) -> Any:
+    """Off by one around the last prompt token: the prompt ends one token early."""
+    return POLICY(self, keep, guess + 1 if guess else 0)
+
+
+AGREED, SETTLE, VERIFY_TREE, POLICY = loop._agreed, Target.settle, Target.verify_tree, SpecKV.policy
 
 
 # -- what the model would notice --------------------------------------------------------------------------------------
@@ -144,6 +180,8 @@ MUTANTS: dict[str, list[tuple[str, Any]]] = {
         ("keeps one too many", patched(loop, "_agreed", keeps_one_too_many)),
         ("forgets too little", patched(Target, "settle", forgets_too_little)),
         ("padding as tokens", around(pads_as_tokens)),
+        ("all nodes see all", patched(loop, "ancestors", all_nodes_see_all, LongSpec)),
+        ("positions by node", patched(Target, "verify_tree", places_by_index, LongSpec)),
     ],
     "lossless_on_a_compressed_cache": [
         ("rejected tokens stay in the state", patched(Target, "settle", rejected_stay_in_the_state)),
@@ -151,6 +189,7 @@ MUTANTS: dict[str, list[tuple[str, Any]]] = {
     "lossless_sampling": [
         ("draws from p after a rejection", patched(loop, "accept_chain", trusts_the_ratio)),
         ("another temperature", around(too_cold)),
+        ("ratio of chosen children", patched(loop, "_verify_tree", ratio_of_chosen_children, LongSpec)),
     ],
     "ends_with_the_end_token": [("goes on behind it", patched(loop, "_until", ends_nowhere))],
     "leaves_the_model_alone": [("stays applied", around(stays_applied)), ("training mode", around(training_mode))],

@@ -19,8 +19,8 @@ from qkv.decode._common.tree import tree_compute
 
 
 @contextmanager
-def opened(model: Any, who: str) -> Iterator[Any]:
-    """The model, ready for a loop of one's own: checked, without gradients, with the exact cache where it carries no method."""
+def opened(model: Any, who: str, method: Any = "full") -> Iterator[Any]:
+    """The model, ready for a loop of one's own: checked, without gradients, under `method` where it carries none."""
     if not hasattr(model, "get_output_embeddings") or getattr(model.config, "is_encoder_decoder", False):
         raise InvalidInput(f"{who} needs a causal language model of transformers, not {type(model).__name__}")
     if model.training:
@@ -31,7 +31,7 @@ def opened(model: Any, who: str) -> Iterator[Any]:
         if "_qkv" in model.__dict__:
             yield model
         else:
-            with qkv.applied(model, "full"):
+            with qkv.applied(model, method):
                 yield model
 
 
@@ -60,9 +60,21 @@ class Target:
         """The prompt, at once: logits ``[1, V]`` after its last token."""
         return self._forward(input_ids=self.prompt, logits_to_keep=1)
 
-    def verify(self, tokens: Tensor, last: int) -> Tensor:
-        """A chain ``[N]`` behind what was read: logits ``[last, V]`` after each of its last tokens."""
-        return self._forward(input_ids=tokens.unsqueeze(0), logits_to_keep=last)
+    def kept(self) -> int:
+        """Most entries that a layer holds."""
+        memories = [getattr(layer, "memory", None) for layer in self.cache.layers]
+        return max(self.seen if memory is None else memory.kept() for memory in memories)
+
+    def verify(self, tokens: Tensor, last: int, *, back: int = 0) -> Tensor:
+        """A chain ``[N]`` behind what was read: logits ``[last, V]`` after each of its last tokens.
+
+        back: positions by which it stands nearer than behind the whole text.
+        """
+        more: dict[str, Any] = {}
+        if back:
+            place = torch.arange(tokens.shape[0], device=self.device) + (self.seen - back)
+            more["position_ids"] = place.unsqueeze(0)
+        return self._forward(input_ids=tokens.unsqueeze(0), logits_to_keep=last, **more)
 
     def verify_tree(self, certain: Tensor, nodes: Tensor, depth: Tensor, above: Tensor) -> Tensor:
         """Certain tokens ``[C]`` and a tree behind them: logits ``[1 + n, V]`` after the newest and after each node.
