@@ -156,7 +156,7 @@ class DuoAttention(CacheMethod):
             return (
                 f"the gates are for {have[0]} layers of {have[1]} KV heads; this model has {want[0]} of {want[1]}{more}"
             )
-        if None in self.gates[geometry.layer]:
+        if any(x is None for x in self.gates[geometry.layer]):
             return "the gates hold none for this layer: it was not measured"
         return None
 
@@ -179,6 +179,7 @@ class DuoAttention(CacheMethod):
         """See `CacheMethod.sees`: the window, for streaming heads."""
         if self.prefill == "full":
             return None
+        assert self.sinks is not None and self.recent is not None
         p, q = position.unsqueeze(2), query[:, None, :, None]
         near = (p < self.sinks) | (p > q - self.recent)
         return near | torch.tensor(self._full(geometry), device=p.device)[:, None, None]

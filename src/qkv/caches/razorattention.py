@@ -118,8 +118,8 @@ class RazorAttention(CacheMethod):
             return None
         count = gone.sum(-1)  # [B, G]
         few = count.clamp(min=1).unsqueeze(-1)
-        means = ((x * gone.unsqueeze(-1)).sum(2) / few for x in (k, v))
-        return mean_part(q, *means, count, scale)
+        mean_k, mean_v = ((x * gone.unsqueeze(-1)).sum(2) / few for x in (k, v))
+        return mean_part(q, mean_k, mean_v, count, scale)
 
     def __str__(self) -> str:
         brief = self.replace(heads=None)
