@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from _streams import applied, arguments, clock, divergence, load, losses, perplexity, tokens
@@ -87,7 +87,7 @@ def main() -> None:
     model, tokenizer = load(a)
     prompt, new, windows = (512, 32, 1) if a.quick else (2048, 96, 6)
     sweep = (0.975, 0.9) if a.quick else SWEEP
-    names: dict[str, object] = {f"tau {tau}, 4/2 bits": ZipVL(tau=tau) for tau in sweep}
+    names: dict[str, Any] = {f"tau {tau}, 4/2 bits": ZipVL(tau=tau) for tau in sweep}
     names |= {f"tau {tau}, others evicted": ZipVL(tau=tau, **KEEP) for tau in sweep}
     names |= {
         "tau 0.975, others evicted, kept in 4 bits": ZipVL(mode="evict"),
