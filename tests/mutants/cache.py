@@ -9,15 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv.caches._stores.dense import DenseCache
+from qkv.caches._stores.folding import FoldingCache
 from qkv.caches._stores.packed import PackedCache
+from qkv.caches._stores.ragged import RaggedCache, share_out
 from qkv.caches._stores.ranked import RankedCache
 from qkv.caches._stores.selective import SelectiveCache
+from qkv.caches._stores.split import SplitCache
+from qkv.caches.adakv import AdaKV
 from qkv.caches.h2o import H2O
 from qkv.caches.kivi import KIVI
 from qkv.caches.lazyeviction import LazyEviction
 from qkv.caches.pyramidkv import PyramidKV
 from qkv.caches.snapkv import SnapKV
 from qkv.caches.quest import Quest
+from qkv.caches.razorattention import RazorAttention
 from qkv.caches.streamingllm import StreamingLLM
 from qkv.caches.window import Window
 from qkv.core.cache import Geometry, LayerCache, Step
@@ -323,6 +329,68 @@ def by_keys(self: Any, view: Any) -> Tensor:
     return logits.reshape(*logits.shape[:3], -1, view.block).amax(-1)
 
 
+class CountsOnce(FoldingCache):
+    """The mean of many tokens weighs as much as one."""
+
+    def _free(self) -> None:
+        super()._free()
+        self.count.clamp_(max=1)
+
+
+class ReordersOnePart(SplitCache):
+    """Beams reorder the first group of heads only."""
+
+    def select(self, rows: Tensor) -> None:
+        first, rest = self.parts[0].memory, self.parts[1].memory
+        first.select(rows)
+        rest.select(torch.arange(rows.shape[0], device=rows.device) % 2)
+
+
+class FirstSegment(RaggedCache):
+    """Every head writes its token where the first head of its row does."""
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        if self.position is not None:
+            self.slot = self.slot[:, :1].expand_as(self.slot).minimum(self.cap.unsqueeze(-1) - 1).clone()
+        return super()._one(q, k, v, step)
+
+
+class HidesTables(RaggedCache):
+    """Where the segments lie is not counted."""
+
+    def bytes(self) -> int:
+        return super().bytes() - sum(x.numel() * x.element_size() for x in (self.base, self.cap) if x is not None)
+
+
+def folding(memory: type[FoldingCache]) -> Any:
+    """RazorAttention over a broken store."""
+
+    def layer(self: RazorAttention, geometry: Geometry) -> LayerCache:
+        return memory(geometry, sinks=self.sinks, limit=self.buffer, fold=True, who=self.id)
+
+    return mutant(RazorAttention, layer=layer)
+
+
+def parted(memory: type[SplitCache]) -> Any:
+    """RazorAttention over a broken split."""
+
+    def layer(self: RazorAttention, geometry: Geometry) -> LayerCache:
+        near, full = (replace(geometry, heads=2 * n, kv_heads=n) for n in (2, 1))
+        folds = FoldingCache(near, sinks=self.sinks, limit=self.buffer, who=self.id)
+        return memory(geometry, [((1,), DenseCache(full)), ((0, 2), folds)], self.id)
+
+    return mutant(RazorAttention, layer=layer)
+
+
+def ragged(memory: type[RaggedCache]) -> Any:
+    """Ada-KV over a broken store."""
+
+    def layer(self: AdaKV, geometry: Geometry) -> LayerCache:
+        return memory(self.policy(), geometry, lambda worth, keep: share_out(worth, keep, self.safeguard), self.id)
+
+    return mutant(AdaKV, layer=layer)
+
+
 def replace_step(step: Step, **changes: Any) -> Step:
     return replace(step, **changes)
 
@@ -377,6 +445,8 @@ MUTANTS: dict[str, list[tuple[str, Any]]] = {
         ("stale_values", ranked(Window, StaleValues)),
         ("newest_twice", ranked(Window, NewestTwice)),
         ("one_off", mutant(H2O, shift=one_off)),
+        ("counts_once", folding(CountsOnce)),
+        ("first_segment", ragged(FirstSegment)),
     ],
     "chunks_are_exact": [
         ("sees_the_block", mutant(Window, visible=sees_the_block)),
@@ -391,11 +461,14 @@ MUTANTS: dict[str, list[tuple[str, Any]]] = {
     "unread_tokens_do_not_matter": [("by_keys", mutant(Quest, rank=by_keys)), ("reads_on", reading(ReadsOn))],
     "taken_back_exactly": [("only_counts", ranked(Window, OnlyCounts)), ("counts", packed(TakesBackCounts))],
     "crop_or_refusal": [("only_counts", ranked(Window, OnlyCounts)), ("counts", packed(TakesBackCounts))],
-    "beams_carry_everything": [("leaves_scores", ranked(H2O, LeavesScores))],
+    "beams_carry_everything": [
+        ("leaves_scores", ranked(H2O, LeavesScores)),
+        ("one_part", parted(ReordersOnePart)),
+    ],
     "saved_is_restored": [("references", ranked(Window, SavesReferences)), ("no_scores", ranked(H2O, SavesNoScores))],
     "copy_is_independent": [("shares", ranked(Window, SharesItsTensors))],
     "reset_forgets": [("remembers", ranked(Window, RemembersCount))],
-    "bytes_are_held": [("claims_used", ranked(Window, ClaimsUsed))],
+    "bytes_are_held": [("claims_used", ranked(Window, ClaimsUsed)), ("hides_tables", ragged(HidesTables))],
     "refuses_what_it_cannot_serve": [
         ("accepts_all", mutant(StreamingLLM, fits=lambda self, geometry: None)),
         ("takes_anything", ranked(Window, TakesAnything)),
