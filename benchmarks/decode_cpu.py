@@ -2,9 +2,10 @@
 
     python benchmarks/decode_cpu.py --out benchmarks/results/decode_cpu.json [--context 8192] [--steps 24] [-m METHOD ...]
 
-Every method first absorbs the same prompt (chunks of 1024), then all decode the same tokens in turn, one token each per round, in an
-order that changes every round; so a busy machine slows all alike. `ms` is the median over rounds, the ratio the median of (full / method)
-within a round. The bound is the time that reading the weights and the full cache takes over the time for the weights and what is held.
+Every method first absorbs the same prompt (chunks of 1024), then all decode the same tokens in turn, one token each per
+round, in an order that changes every round; so a busy machine slows all alike. `ms` is the median over rounds, the ratio
+the median of (full / method) within a round. The bound is the time that reading the weights and the full cache takes over
+the time for the weights and what is held.
 """
 
 from __future__ import annotations
@@ -54,13 +55,25 @@ def main() -> None:
     for name in names:
         ratio = statistics.median(f / t for f, t in zip(times["full"], times[name], strict=True))
         bound = (weights + held["full"][0]) / (weights + held[name][0])
-        rows.append({"method": name, "ms": round(1e3 * statistics.median(times[name]), 2), "full_over_method": round(ratio, 3),
-                     "bound": round(bound, 3), "held_bytes": held[name][0], "share_of_full": round(held[name][0] / held[name][1], 4)})  # fmt: skip
+        rows.append(
+            {
+                "method": name,
+                "ms": round(1e3 * statistics.median(times[name]), 2),
+                "full_over_method": round(ratio, 3),
+                "bound": round(bound, 3),
+                "held_bytes": held[name][0],
+                "share_of_full": round(held[name][0] / held[name][1], 4),
+            }
+        )
         print(rows[-1], flush=True)
-    write_json(a.out, environment(seed=0) | {"context": a.context, "steps": a.steps, "weight_bytes": weights, "rows": rows})
+    write_json(
+        a.out, environment(seed=0) | {"context": a.context, "steps": a.steps, "weight_bytes": weights, "rows": rows}
+    )
 
 
-def rounds(model: Any, ids: torch.Tensor, names: list[str], caches: dict[str, Any], a: argparse.Namespace) -> dict[str, list[float]]:
+def rounds(
+    model: Any, ids: torch.Tensor, names: list[str], caches: dict[str, Any], a: argparse.Namespace
+) -> dict[str, list[float]]:
     """Seconds per step of every method; the first two rounds warm up and do not count."""
     times: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(0)

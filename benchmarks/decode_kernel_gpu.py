@@ -2,8 +2,9 @@
 
     python benchmarks/decode_kernel_gpu.py --out benchmarks/results/decode_kernel_gpu.json
 
-Each setting is checked against float64 before it is timed. Times are medians of replayed CUDA graphs (no launch cost in them) over
-inputs larger than the L2 cache. The bound is the time that a device-to-device copy of the same bytes takes in this process.
+Each setting is checked against float64 before it is timed. Times are medians of replayed CUDA graphs (no launch cost in
+them) over inputs larger than the L2 cache. The bound is the time that a device-to-device copy of the same bytes takes in
+this process.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
     python benchmarks/needles.py kvpress --prompts ... --model FOLDER --out runs/needles/kvpress.json
     python benchmarks/needles.py table runs/needles/ours.json runs/needles/kvpress.json --out benchmarks/results/needles.json
 
-kvpress pins an older transformers, so its part runs in an environment of its own (kvpress 0.5, transformers < 5.3) and imports nothing
-of qkv; FOLDER is the model as safetensors, the same weights. Both sides compress after the haystack, before the question is seen
-(query-agnostic), keep a quarter, and decode greedily. `held` is the bytes that the cache's tensors occupy when the question comes,
-as a share of a plain cache of the same tokens.
+kvpress pins an older transformers, so its part runs in an environment of its own (kvpress 0.5, transformers < 5.3) and
+imports nothing of qkv; FOLDER is the model as safetensors, the same weights. Both sides compress after the haystack,
+before the question is seen (query-agnostic), keep a quarter, and decode greedily. `held` is the bytes that the cache's
+tensors occupy when the question comes, as a share of a plain cache of the same tokens.
 """
 
 from __future__ import annotations
@@ -71,9 +71,16 @@ def measured(name: str, cases: list[dict], go: Callable[[dict], tuple[list[int],
     for case in cases:
         tokens, share = go(case)
         first = re.search(r"\d+", decode(tokens))
-        found.append({"context": case["context"], "depth": case["depth"], "right": bool(first) and first.group() == case["key"]})
+        found.append(
+            {"context": case["context"], "depth": case["depth"], "right": bool(first) and first.group() == case["key"]}
+        )
         held.append(share)
-    row = {"method": name, "accuracy": sum(f["right"] for f in found) / len(found), "held": sum(held) / len(held), "cells": found}
+    row = {
+        "method": name,
+        "accuracy": sum(f["right"] for f in found) / len(found),
+        "held": sum(held) / len(held),
+        "cells": found,
+    }
     print(f"{name:34} {row['accuracy']:.3f} held {row['held']:.3f}  {time.perf_counter() - t0:.0f} s", flush=True)
     return row
 
@@ -92,7 +99,12 @@ def ours(a: argparse.Namespace) -> None:
     def go(case: dict) -> tuple[list[int], float]:
         n = len(case["haystack"])
         cache = fresh_cache(model, n)
-        model(input_ids=torch.tensor([case["haystack"]], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(
+            input_ids=torch.tensor([case["haystack"]], device=model.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         report = qkv.report(model)
         return ask(model, cache, n, case["question"], False), report.bytes / report.full_bytes
 
@@ -138,7 +150,11 @@ def theirs(a: argparse.Namespace) -> None:
     data = json.loads(a.prompts.read_text())
     rows = []
     for name, press, kind in presses():
-        model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32, attn_implementation=kind).to(a.device).eval()
+        model = (
+            AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32, attn_implementation=kind)
+            .to(a.device)
+            .eval()
+        )
         weight = model.config.num_key_value_heads * model.config.head_dim * 2 * 4 * model.config.num_hidden_layers
 
         def go(case: dict, model=model, press=press, weight=weight) -> tuple[list[int], float]:
@@ -186,7 +202,9 @@ def main() -> None:
         else:
             p.add_argument("--prompts", type=Path, required=True)
             p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-            p.add_argument("--model" if name == "kvpress" else "--method", **({} if name == "kvpress" else {"action": "append"}))
+            p.add_argument(
+                "--model" if name == "kvpress" else "--method", **({} if name == "kvpress" else {"action": "append"})
+            )
     a = parser.parse_args()
     a.run(a)
 

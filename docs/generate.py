@@ -149,8 +149,17 @@ def _bench_cells(r: Record) -> list[str]:
     def text(x: float | None, form: str, scale: float = 1.0) -> str:
         return "–" if x is None else format(x * scale, form)
 
-    return [f"`{r.method}`", text(r.kl, ".4f"), text(r.top1, ".0%"), text(r.ppl, ".1f"), text(r.accuracy, ".0%"),
-            text(r.held_bytes, ".1f", 1e-6), text(r.held_ratio, ".0%"), text(r.first_s, ".2f"), text(r.token_ms, ".1f")]  # fmt: skip
+    return [
+        f"`{r.method}`",
+        text(r.kl, ".4f"),
+        text(r.top1, ".0%"),
+        text(r.ppl, ".1f"),
+        text(r.accuracy, ".0%"),
+        text(r.held_bytes, ".1f", 1e-6),
+        text(r.held_ratio, ".0%"),
+        text(r.first_s, ".2f"),
+        text(r.token_ms, ".1f"),
+    ]
 
 
 def texts() -> dict[Path, str]:
@@ -161,8 +170,13 @@ def texts() -> dict[Path, str]:
         if folder.is_dir()
         else {}
     )
-    out = [_note("benchmarks/results/bench"), "# Benchmark runs", "",
-           "Each section is one kept run of `qkv bench`, rows from the best KL down. Cache bytes are those really held.", ""]  # fmt: skip
+    out = [
+        _note("benchmarks/results/bench"),
+        "# Benchmark runs",
+        "",
+        "Each section is one kept run of `qkv bench`, rows from the best KL down. Cache bytes are those really held.",
+        "",
+    ]
     for name, table in runs.items():
         said = (folder / name / "command.txt").read_text(encoding="utf-8").strip()
         out += [f"## {name}", "", "```sh", said, "```", "", table, ""]
