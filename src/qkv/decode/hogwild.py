@@ -426,7 +426,7 @@ class Hogwild(Decoding):
                                "has an opening of its own; or give every worker a row")  # fmt: skip
         if (answered is not None or finish is not None) and tokenizer is None:
             raise InvalidInput("hogwild: answered= and finish= are about text: pass tokenizer=")
-        stops, dice = end_tokens(eos_token_id), generator_of(seed, input_ids.device)
+        stops, dice = end_tokens(eos_token_id), generator_of(seed, model.device)
         with engine:
             engine.probe()
             room = _Room(engine, self.layout, self.form, talk)
