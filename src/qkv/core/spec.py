@@ -288,7 +288,7 @@ class Method:
         return cls(**values)
 
     def __str__(self) -> str:
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self)
+        changed = [f"{f.name}={_quoted(getattr(self, f.name))}" for f in dataclasses.fields(self)
                    if getattr(self, f.name) != f.default]  # fmt: skip
         return self.spec.id + (":" + ",".join(changed) if changed else "")
 
@@ -301,11 +301,16 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not plain data")
 
 
+def _quoted(value: Any) -> Any:
+    """A value as `parse_setting` reads it: text with a comma (a nested setting) in quotes."""
+    return json.dumps(value) if isinstance(value, str) and "," in value else value
+
+
 def parse_setting(text: str) -> tuple[str, dict[str, Any]]:
     """``"h2o:budget=0.25,positions=cache"`` -> ``("h2o", {"budget": 0.25, "positions": "cache"})``.
 
     Values are read as JSON where that works (numbers, true, false, null, lists), else as plain strings. A
-    list is written ``[1,2]`` and may contain commas.
+    list is written ``[1,2]`` and may contain commas, and so may text in double quotes.
     """
     name, _, rest = text.partition(":")
     out: dict[str, Any] = {}
@@ -319,10 +324,11 @@ def parse_setting(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _split_commas(text: str) -> list[str]:
-    out, depth, start = [], 0, 0
+    out, depth, start, quoted = [], 0, 0, False
     for i, c in enumerate(text):
+        quoted ^= c == '"'
         depth += (c in "[{") - (c in "]}")
-        if c == "," and depth == 0:
+        if c == "," and depth == 0 and not quoted:
             out.append(text[start:i])
             start = i + 1
     return [x for x in [*out, text[start:]] if x.strip()]
