@@ -240,7 +240,7 @@ def test_what_was_dropped_returns_when_it_is_asked_for(monkeypatch: pytest.Monke
     assert late(memory()) > 0.5
 
 
-@pytest.mark.parametrize("bad", [{"alpha": 0.0}, {"alpha": 1.1}, {"budget": 19}, {"refresh": 0}, {"window": 0}])
+@pytest.mark.parametrize("bad", [{"alpha": 0.0}, {"alpha": 1.1}, {"budget": 11}, {"refresh": 0}, {"window": 0}])
 def test_bad_parameters(bad: dict[str, object]) -> None:
     with pytest.raises(InvalidParameter):
         qkv.method("loopserve", **bad)
