@@ -83,6 +83,11 @@ def representatives(distance: Tensor, candidates: Tensor, k: Tensor, offset: Ten
     return candidates & (pick < some) & ((pick * FINE + offset) * count // parts == place)
 
 
+def _place(worth: Tensor) -> Tensor:
+    """The place of each slot ``[..., M]`` by worth, the best 0; of equals the later comes first."""
+    return worth.flip(-1).sort(dim=-1, descending=True, stable=True).indices.argsort(-1).flip(-1)
+
+
 @functools.lru_cache(maxsize=256)
 def _host(setting: str, budget: float | int, kind: type) -> Policy:
     """The host at this budget (`kind` keeps a share of 1.0 apart from 1 token)."""
@@ -281,8 +286,3 @@ class KVCrush(Policy):
         chosen = representatives((signature ^ anchor).sum(-2), there & ~important, reps // p)
         tier = (important & there).long() * 2 + chosen.long()
         return tier.gather(-1, at // p).masked_fill(~free, 0)
-
-
-def _place(worth: Tensor) -> Tensor:
-    """The place of each slot ``[..., M]`` by worth, the best 0; of equals the later comes first."""
-    return worth.flip(-1).sort(dim=-1, descending=True, stable=True).indices.argsort(-1).flip(-1)
