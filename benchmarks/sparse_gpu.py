@@ -214,7 +214,7 @@ def model_part(layers: int, shapes: list[tuple[int, int]], new: int) -> list[dic
             spans, out = [], None
             qkv.apply(model, name, graph=True)
             try:
-                for n in (8, 8 + new, 8, 8 + new):
+                for n in (4, 8, 8 + new):  # the first compiles
                     torch.cuda.synchronize()
                     t = time.perf_counter()
                     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, **settings)
@@ -228,7 +228,7 @@ def model_part(layers: int, shapes: list[tuple[int, int]], new: int) -> list[dic
                     plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, **settings)
                 assert out is not None
                 same = float((plain[:, m : m + 16] == out[:, m : m + 16]).float().mean())
-            ms = min(spans[1] - spans[0], spans[3] - spans[2]) / new * 1e3
+            ms = (spans[2] - spans[1]) / new * 1e3
             row = {"model": f"8B shape, {layers} layers", "batch": b, "context": m, "method": name, "ms_per_token": ms}
             rows.append(row | {"tokens_as_plain": same})
             print(rows[-1], flush=True)

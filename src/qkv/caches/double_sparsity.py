@@ -26,6 +26,7 @@ from torch import Tensor
 
 from qkv.caches._channels import load
 from qkv.core.cache import CacheSpec, Geometry
+from qkv.core.kernel import kernel
 from qkv.core.reader import Blocks, Reader, Reading, share
 from qkv.core.spec import Limit, budget_param, param
 
@@ -170,19 +171,27 @@ class DoubleSparsity(Reader):
         codes, step, low = quantise(labels, self.label_bits)
         return {"codes": packed(codes, self.label_bits), "step": step.to(torch.float16), "low": low.to(torch.float16)}
 
-    def rank(self, view: Reading) -> Tensor:
-        """Approximate logits, summed over a KV group: the query heads' labels may be summed first."""
-        channels = view.notes["channels"]
+    def scores(self, queries: Tensor, channels: Tensor, features: dict[str, Tensor]) -> Tensor:
+        """``[B, G, N, P]``: approximate logits, summed over a KV group (the labels of its queries may be summed first)."""
         b, g, r = channels.shape
-        n, d = view.queries.shape[2:]
-        q = view.queries.reshape(b, g, -1, n, d).gather(
-            4, channels[:, :, None, None].expand(b, g, view.queries.shape[1] // g, n, r)
-        )
+        h, n, d = queries.shape[1:]
+        at = channels[:, :, None, None].expand(b, g, h // g, n, r)
+        q = queries.reshape(b, g, h // g, n, d).gather(4, at)
         if self.label_bits == 16:
-            return q.sum(2) @ view.features["labels"].mT.to(q.dtype)
+            return q.sum(2) @ features["labels"].mT.to(q.dtype)
         codes, step, low = quantise(q, self.label_bits)
         q = (codes.to(q.dtype) * step.unsqueeze(-1) + low.unsqueeze(-1)).sum(2)  # [B, G, N, r]
-        labels = unpacked(view.features["codes"], self.label_bits, r).to(q.dtype)
-        dots = q @ labels.mT  # [B, G, N, P]
-        step, low = (view.features[name].to(q.dtype).unsqueeze(2) for name in ("step", "low"))
+        dots = q @ unpacked(features["codes"], self.label_bits, r).to(q.dtype).mT
+        step, low = (features[name].to(q.dtype).unsqueeze(2) for name in ("step", "low"))
         return dots * step + low * q.sum(-1, keepdim=True)
+
+    def rank(self, view: Reading) -> Tensor:
+        """`scores`; of single tokens on CUDA by a kernel."""
+        channels = view.notes["channels"]
+        if view.slot32 is None:
+            return self.scores(view.queries, channels, view.features)
+        score, at = kernel("gather:label_scores"), view.slot32
+        if self.label_bits == 16:
+            return score(view.queries, channels, view.features["labels"], at)
+        codes, step, low = (view.features[name] for name in ("codes", "step", "low"))
+        return score(view.queries, channels, codes, at, bits=self.label_bits, step=step, low=low)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qkv.core.cache import CacheSpec, Geometry, require
+from qkv.core.kernel import kernel
 from qkv.core.reader import Blocks, Reader, Reading
 from qkv.core.spec import Limit, budget_param, param
 
@@ -80,7 +81,10 @@ class Quest(Reader):
         return {"bounds": torch.cat((blocks.keys.amax(3), blocks.keys.amin(3)), -1)}
 
     def rank(self, view: Reading) -> Tensor:
-        """The upper bound of each page."""
+        """The upper bound of each page; of single tokens on CUDA by a kernel."""
+        if view.slot32 is not None:
+            score, per_head = kernel("gather:page_scores"), self.share == "query_head"
+            return score(view.queries, view.features["bounds"], view.slot32, block=view.block, per_head=per_head)
         q = torch.cat((view.queries.clamp(min=0), view.queries.clamp(max=0)), -1)  # [B, H, N, 2 D]
         bound = view.dots(view.features["bounds"], q)
         return view.grouped(bound) if self.share == "kv_head" else bound

@@ -73,6 +73,8 @@ class TidalDecode(Reader):
     reselect: int | None = param(None, "layer that chooses anew; None: two fifths of the depth", low=0)
     share: Literal["query_head", "kv_head"] = param("query_head", "which heads choose tokens of their own")
 
+    capturable: ClassVar[bool] = True
+
     def validate(self) -> None:
         """The second choice comes after the first."""
         require(

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from qkv.core.cache import CacheMethod, Compute, Geometry, LayerCache
 from qkv.core.errors import Refused
+from qkv.core.kernel import kernel
 
 LARGEST, FIRM = 3.0e38, 3.2e38  # of a worth; worth of what must be read
 
@@ -40,9 +41,10 @@ LARGEST, FIRM = 3.0e38, 3.2e38  # of a worth; worth of what must be read
 class Selection:
     """Which blocks are read.
 
-    index: int64 ``[B, A, N or 1, K]`` block numbers, each at most once per query; one entry for all queries shares a choice.
-    valid: bool of the same shape, False = nothing is read there (whatever its index), or None when all are. exact: the last block
-    of every query is its own and no other is partly filled, so that the host knows which slots are read (`Reading.best` sets it).
+    index: int64 or int32 ``[B, A, N or 1, K]`` block numbers, each at most once per query, below 0 = none (int32 only); one entry
+    for all queries shares a choice. valid: bool of the same shape, False = nothing is read there (whatever its index), or None
+    when all are. exact: the last block of every query is its own and no other is partly filled, so that the host knows which
+    slots are read (`Reading.best` sets it).
     """
 
     index: Tensor
@@ -51,11 +53,25 @@ class Selection:
 
     def ordered(self) -> Selection:
         """The same choice with blocks in ascending order, invalid entries last."""
+        if self.index.dtype == torch.int32:
+            return self.plain().ordered()
         if self.valid is None:
             return Selection(self.index.sort(-1).values, None, self.exact)
         key, at = torch.where(self.valid, self.index, torch.iinfo(torch.int64).max).sort(-1)
         valid = self.valid.gather(-1, at)
         return Selection(key.masked_fill(~valid, 0), valid)
+
+    def plain(self) -> Selection:
+        """The same choice as int64 with its mask."""
+        if self.index.dtype == torch.int64:
+            return self
+        valid = self.index >= 0
+        return Selection(self.index.clamp(min=0).long(), valid if self.valid is None else valid & self.valid)
+
+    def marked(self) -> Tensor:
+        """The same choice as int32, -1 = none: what kernels take."""
+        index = self.index if self.valid is None else self.index.masked_fill(~self.valid, -1)
+        return index.to(torch.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +101,8 @@ class Reading:
     stands alone.
     most: blocks that any query reads at most by the budget (a host number: shapes depend on it). since: the earliest slot of this
     call in any row (a host number). whole: the call is a prompt that is read in full. at: the slot of the only query, the same in
-    every row, where the host knows it, else None.
+    every row, where the host knows it, else None. slot32: the position of single tokens as int32 ``[B]`` where kernels serve them
+    (CUDA, up to 32 bits), else None. steady: every query that may read less than it sees reads exactly `most` blocks.
     """
 
     queries: Tensor
@@ -98,6 +115,8 @@ class Reading:
     since: int
     whole: bool
     at: int | None
+    slot32: Tensor | None
+    steady: bool
     scale: float
     geometry: Geometry
     notes: dict[str, Tensor]
@@ -139,7 +158,7 @@ class Reading:
         rows = torch.arange(at.shape[0], device=at.device)
         q = self.queries[rows, :, at].unsqueeze(2)
         position = self.position[rows, at].unsqueeze(-1)
-        return replace(self, queries=q, position=position, at=None), position[:, 0] >= 0
+        return replace(self, queries=q, position=position, at=None, slot32=None), position[:, 0] >= 0
 
     def best(self, worth: Tensor, reads: Tensor, *, sinks: int = 0, recent: int = 0) -> Selection:
         """The own block, the first `sinks` and last `recent` tokens, then the highest worth, within `reads` tokens.
@@ -148,6 +167,12 @@ class Reading:
         latest of them. reads: int64 broadcastable to ``[B, 1, N or 1, 1]``: tokens that may be read (whole blocks, at least the
         own one). Padding queries choose nothing. NaN ranks last.
         """
+        if self.slot32 is not None:
+            keep = None if self.steady else kept_blocks(reads, self.tokens, self.block)[:, 0, 0, 0].to(torch.int32)
+            pick = kernel("gather:select")
+            return Selection(
+                pick(worth.float(), self.slot32, self.most, block=self.block, keep=keep, sinks=sinks, recent=recent)
+            )
         worth = worth.to(torch.promote_types(worth.dtype, torch.float32)).nan_to_num(-LARGEST, LARGEST, -LARGEST)
         if self.at is not None:
             return self._best_of_one(worth, sinks, recent)

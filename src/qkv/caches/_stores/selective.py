@@ -20,8 +20,9 @@ from torch import Tensor
 from qkv.caches._stores.dense import grown, rearranged, resized
 from qkv.caches._stores.recording import Recording, cut
 from qkv.core.attend import sdpa
-from qkv.core.cache import Geometry, Step
+from qkv.core.cache import Geometry, Now, Step
 from qkv.core.errors import Refused, StateError
+from qkv.core.kernel import kernel
 from qkv.core.reader import Blocks, Reader, Reading, Selection, kept_blocks
 
 PIECE = 1 << 24  # gathered elements held at once
@@ -89,18 +90,21 @@ class SelectiveCache(Recording):
     def _call(self, q: Tensor, k: Tensor, v: Tensor, step: Step, whole: bool) -> Tensor:
         """whole: the tokens belong to a prompt; others are read as single steps would read them."""
         window = self.reader.prefill(self.geometry) if whole else None
-        if (step.mask is not None or not step.causal) and (window is not None or not whole) and self.seen:
+        dense = self.reader.dense(self.geometry)
+        odd = step.mask is not None or not step.causal
+        if odd and not dense and (window is not None or not whole) and self.seen:
             raise Refused(
                 f"{self.reader.id} chooses what a query reads and knows causal queries and padding only; it was given "
                 + ("a bidirectional call" if not step.causal else "a custom mask")
             )
         first, before = self.seen == 0, list(self.lengths)
         place = self._append(k, v, step)  # [B, N] on the host
-        dense = self.reader.dense(self.geometry)
         if not dense:
             self._observe(q, place, step, whole and window is None)
-        if dense or (whole and window is None):
+        if (dense and (whole or odd)) or (whole and window is None):
             return self._whole(q, k, v, step, first)
+        if dense:
+            return self._everything(q, place, step)
         if window is None:
             return self._chosen(q, place, step)
         return self._windows(q, place, step, window, before)
@@ -221,7 +225,7 @@ class SelectiveCache(Recording):
         """The call as the reader sees it; place ``[B, N]`` on the host, most: blocks that a query reads at most."""
         assert self.keys is not None and self.values is not None
         c, used = self.block, -(-max(self.lengths) // self.block)
-        at, since = None, self.seen - place.shape[1]
+        at, since, position = None, self.seen - place.shape[1], place
         if self.columns is not None:
             real = place >= 0
             since = int(place.masked_fill(~real, 1 << 60).min())
@@ -229,10 +233,13 @@ class SelectiveCache(Recording):
                 q = q.masked_fill(~real.to(q.device)[:, None, :, None], 0)
         elif place.shape[1] == 1:
             since = at = int(place[0, 0])
+            position = torch.full_like(place, at, device=q.device)
+        position = position.to(q.device)
+        slot32 = position[:, 0].to(torch.int32) if _kernels(q, place.shape[1]) else None
         return Reading(
-            q, place.to(q.device), self.keys[:, :, : used * c], self.values[:, :, : used * c],
-            {name: x[:, :, :used] for name, x in self.features.items()}, c, most, since, whole, at, scale, self.geometry,
-            self.notes, None if self.board is None else self.board.notes,
+            q, position, self.keys[:, :, : used * c], self.values[:, :, : used * c],
+            {name: x[:, :, :used] for name, x in self.features.items()}, c, most, since, whole, at, slot32, at is not None, scale,
+            self.geometry, self.notes, None if self.board is None else self.board.notes,
         )  # fmt: skip
 
     def _chosen(self, q: Tensor, place: Tensor, step: Step) -> Tensor:
@@ -300,6 +307,8 @@ class SelectiveCache(Recording):
         assert self.keys is not None and self.values is not None
         if self.watch is not None:
             self.watch(Read(None))
+        if step.compute is None and _kernels(q, q.shape[2]):
+            return self._decode(q, None if self.columns is None else place.to(q.device, torch.int32), step.scale)
         used = max(self.lengths)
         mask = None
         if self.columns is not None or q.shape[2] > 1:
@@ -309,9 +318,24 @@ class SelectiveCache(Recording):
             q, self.keys[:, :, :used], self.values[:, :, :used], mask=mask, causal=False, scale=step.scale
         )
 
+    def _decode(self, q: Tensor, position: Tensor | None, scale: float, length: Tensor | None = None) -> Tensor:
+        """One token over everything, on CUDA; position int32 ``[B, 1]`` where rows differ, length int32 ``[1]``."""
+        assert self.keys is not None and self.values is not None
+        places = None
+        if position is not None:
+            slot = torch.arange(self.keys.shape[2], dtype=torch.int32, device=q.device)
+            places = torch.where(slot <= position, slot, -1)[:, None].expand(-1, self.keys.shape[1], -1)
+        if length is None:
+            length = torch.full((1,), max(self.lengths), dtype=torch.int32, device=q.device)
+        run = kernel("decode:decode_attention")
+        return run(q, self.keys, self.values, length=length, position=places, scale=scale)[0]
+
     def _gathered(self, view: Reading, selection: Selection, step: Step) -> Tensor:
         """Attention over the chosen blocks alone."""
         moved = type(self.reader).shift is not Reader.shift
+        if view.slot32 is not None and not moved and step.compute is None and self.watch is None:
+            return self._in_place(view, selection)
+        selection = selection.plain()
         if moved or self.reader.ordered:
             selection = selection.ordered()
         if (
@@ -332,6 +356,13 @@ class SelectiveCache(Recording):
             some = Selection(selection.index[:, :, at], None if selection.valid is None else selection.valid[:, :, at])
             outs.append(self._piece(view.queries[:, :, at], view.position[:, at], view, some, step, moved))
         return torch.cat(outs, 2)
+
+    def _in_place(self, view: Reading, selection: Selection) -> Tensor:
+        """Single tokens on CUDA: no gathered copy."""
+        run = kernel("gather:gather_attention")
+        return run(
+            view.queries, self.keys, self.values, selection.marked(), view.slot32, block=self.block, scale=view.scale
+        )[0]
 
     def _piece(
         self, q: Tensor, position: Tensor, view: Reading, selection: Selection, step: Step, moved: bool
@@ -386,6 +417,88 @@ class SelectiveCache(Recording):
         head = torch.arange(b * g, device=x.device).reshape(b, g, 1).expand(b, g, a // g).reshape(b, a, 1, 1) * p
         flat = (index + head).flatten()
         return x.view(b * g * p, c * d).index_select(0, flat).view(b, a, -1, d)
+
+    # -- captured steps -------------------------------------------------------------------------------------------
+
+    def static(self) -> bool:
+        """On CUDA, with room for the token, once the prompt is in and every row is indexed."""
+        if self.keys is None or not self.keys.is_cuda or not self.reader.capturable or self.reader.stateful:
+            return False
+        if (
+            self.recording
+            or self.watch is not None
+            or self.seen < (self.prompt or 0)
+            or self.keys.dtype == torch.float64
+        ):
+            return False
+        room = self.keys.shape[2] if self.columns is None else min(self.keys.shape[2], self.columns.shape[1])
+        named = self.features or not self.indexes
+        return self.seen < room and bool(named) and min(self.lengths) >= self.reader.ready()
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, now: Now) -> Tensor:
+        """See `LayerCache.step`."""
+        assert self.keys is not None and self.values is not None
+        position = (
+            now.position if now.start is not None else now.cursor.to(torch.int32).expand(q.shape[0]).unsqueeze(-1)
+        )
+        slot = position.long()[:, :, None, None]  # [B, 1, 1, 1]
+        if self.columns is None:
+            self.keys.index_copy_(2, now.cursor, k)
+            self.values.index_copy_(2, now.cursor, v)
+        else:
+            self.keys.scatter_(2, slot.expand_as(k), k)
+            self.values.scatter_(2, slot.expand_as(v), v)
+            self.columns.index_copy_(1, now.cursor, position)
+        self.advance()
+        capacity = torch.tensor([self.keys.shape[2], max(self.lengths)])
+        reads = self.reader.reads(capacity)
+        if self.reader.dense(self.geometry) or bool((reads >= capacity).all()):
+            return self._decode(q, None if self.columns is None else position, scale, now.length)
+        c = self.block
+        view = Reading(
+            q, slot[:, :, 0, 0], self.keys, self.values, self.features, c, max(1, -(-int(reads[0]) // c)), self.seen - 1, False,
+            None, position[:, 0].contiguous(), int(reads[0]) == int(reads[1]) and int(reads[0]) % c == 0, scale, self.geometry,
+            self.notes, None if self.board is None else self.board.notes,
+        )  # fmt: skip
+        self.reader.observe(view)
+        if self.indexes:
+            self._index_own(view)
+        selection = self.reader.choose(view)
+        if selection is None:
+            return self._decode(q, None if self.columns is None else position, scale, now.length)
+        return self._in_place(view, selection)
+
+    def _index_own(self, view: Reading) -> None:
+        """Describe the own blocks anew: what a block is said to hold counts from the moment it is complete."""
+        b, c = view.position.shape[0], self.block
+        own = torch.div(view.position, c, rounding_mode="floor")[:, None, :, None]  # [B, 1, 1, 1]
+        slot = own.unsqueeze(-1) * c + torch.arange(c, device=own.device)[:, None]  # [B, 1, 1, C, 1]
+
+        def blocks(x: Tensor) -> Tensor:
+            return x.gather(2, slot.flatten(1, 3)[:, None].expand(b, x.shape[1], c, x.shape[3])).unsqueeze(2)
+
+        made = self.reader.features(
+            Blocks(blocks(view.keys), blocks(view.values), None, slot[..., 0], self.geometry, self.notes)
+        )
+        for name, new in made.items():
+            at = own.reshape(b, 1, 1, *[1] * (new.ndim - 3))
+            self.features[name].scatter_(2, at.expand_as(new), new)
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Everything a captured step reads or writes."""
+        held = (self.keys, self.values, self.columns, *self.features.values(), *self.notes.values())
+        return tuple(x for x in held if x is not None)
+
+    def counters(self) -> dict[str, Any]:
+        """See `LayerCache.counters`."""
+        return {"seen": self.seen, "lengths": list(self.lengths), "indexed": list(self.indexed)}
+
+    def advance(self) -> None:
+        """See `LayerCache.advance`."""
+        self.seen += 1
+        self.lengths = [n + 1 for n in self.lengths]
+        if self.indexes:
+            self.indexed = [n // self.block for n in self.lengths]
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
@@ -500,6 +613,11 @@ class SelectiveCache(Recording):
         self.seen = max(self.lengths) if self.columns is None else self.columns.shape[1]
         self.features = {name[8:]: x for name, x in copies.items() if name.startswith("feature.")}
         self.notes = {name[5:]: x for name, x in copies.items() if name.startswith("note.")}
+
+
+def _kernels(q: Tensor, n: int) -> bool:
+    """Whether kernels serve single tokens here."""
+    return n == 1 and q.is_cuda and q.dtype != torch.float64
 
 
 def _take(x: Tensor, at: Tensor) -> Tensor:
