@@ -326,6 +326,9 @@ def test_rows_of_different_length_are_the_rows_alone() -> None:
             outs.append(layer.attend(q[:, :, at], k[:, :, at], v[:, :, at], one))
         got = torch.cat(outs, 2)
         assert layer.length == [60, 51, 35]
+        assert ([0, 1] in [stack.rows for stack in layer.stacks]) is (compute is None), (
+            "rows in step share their blocks"
+        )
         for row, pads in enumerate((0, 9, 25)):
             alone = cache()
             part = tuple(x[row : row + 1, :, pads:] for x in (q, k, v))

@@ -162,6 +162,17 @@ def test_what_is_evicted_is_gone_and_decoding_reads_the_rest() -> None:
     assert layer.kept() < 95 and all(x < 10 for x in layer.waiting)
 
 
+def test_rows_of_a_batch_are_the_rows_alone() -> None:
+    tokens = draw(90, b=3, seed=9)
+    both = cache(tau=0.8)
+    got = feed(both, tokens, [60, *[1] * 25, 5])
+    for row in range(3):
+        alone, mine = cache(tau=0.8), tuple(x[row : row + 1] for x in tokens)
+        torch.testing.assert_close(got[row : row + 1], feed(alone, mine, [60, *[1] * 25, 5]), rtol=0, atol=1e-12)  # type: ignore[arg-type]
+        assert alone.precise()[0] == both.precise()[row]
+    assert len(set(both.precise())) > 1
+
+
 @pytest.mark.parametrize("bits", [4, 16])
 def test_bytes_are_those_of_the_kept(bits: int) -> None:
     q, k, v = (x.float() for x in draw(60, seed=6))

@@ -287,8 +287,9 @@ class MixedCache(Recording):
             counts = real.sum(-1).tolist()
             order = (~real).to(torch.int8).argsort(dim=-1, stable=True)  # [B, N], real tokens first
         alike: dict[tuple[int, int, int], list[int]] = {}
-        for row, state in enumerate(zip(self.waiting, counts, self.stored, strict=True)):
-            alike.setdefault(state, []).append(row)
+        for row, (waiting, count, stored) in enumerate(zip(self.waiting, counts, self.stored, strict=True)):
+            held = int(stored > 0) if step.compute is None else stored  # plain tensors need rows of one length
+            alike.setdefault((waiting, count, held), []).append(row)
         self.seen += n
         if len(alike) == 1 and counts[0] == n:
             return self._group(list(range(b)), q, k, v, step.scale, step.compute)
