@@ -11,7 +11,6 @@ from _streams import applied, clock, divergence, losses, perplexity, tokens
 
 from qkv.bench.record import Figure
 
-
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 

@@ -59,7 +59,8 @@ def main() -> None:
     methods: dict[str, object] = {f"recycled, stride {s}": f"recycled:budget={k},stride={s}" for s in (2, 10, 30)}
     methods |= {
         "recycled, by similarity": f"recycled:budget={k},similarity=0.8",
-        "h2o": f"h2o:budget={k}", "sinks + window": f"streamingllm:window={k - 4}", "never refreshed": f"recycled:budget={k},similarity=-1.0",
+        "h2o": f"h2o:budget={k}", "sinks + window": f"streamingllm:window={k - 4}",
+        "never refreshed": f"recycled:budget={k},similarity=-1.0",
     }  # fmt: skip
     table = compare(model, tokenizer, methods, prompt=prompt, new=new, windows=windows)
     some = ("recycled, stride 10", "h2o", "sinks + window", "never refreshed")
