@@ -13,9 +13,9 @@ largest score, `sinks` and the last `refresh` tokens always among them:
 with the last `window` queries when a prompt ends, and the `refresh` latest queries of the answer every `refresh` steps, over all
 that is stored: a dropped token can return. A choice serves from the next step on.
 
-The abstract gives both phases; constants (few queries choose often: a sum over sixteen is a vote on their surroundings, in which
-a number that one of them looks for is lost), the row sample (evenly spaced where chance would do), forced cells and tokens, and the
-sum over a group's heads are completed here.
+The abstract gives both phases. Completed here: constants (few queries choose often: a sum over sixteen is a vote on their
+surroundings, in which a number that one of them looks for is lost), the row sample (evenly spaced where chance would do), forced
+cells and tokens, the sum over a group's heads.
 
 Axes: B batch, H query heads, G key/value heads, W queries that choose, S slots, K chosen. Paper: arXiv:2507.13681.
 """
