@@ -83,7 +83,7 @@ class ZipVL(CacheMethod):
         paper="arXiv:2410.08584",
         source="abstract",
         summary="Each layer keeps as many tokens precise as hold a share tau of its attention; the prompt attends among these.",
-        shown="the share of important tokens differs by layer and grows with tau; keeping the least important instead is far worse",
+        shown="the share of important tokens differs by layer and grows with tau; keeping the least important is far worse",
         honest="tokens outside the set get no attention output in that layer, and the set is chosen before the question is known",
         limits=(Limit("full", {"tau": 1.0, "bits": 16}, "every token is important, and none quantised"),),
         deviations=(
