@@ -146,7 +146,7 @@ def main() -> None:
             "prefill attention FLOPs of dense", round(mean([x * x for x in per_layer]), 3), "", "without the probes"
         ),
     ]
-    record("zipvl", claim="important tokens differ in number by layer and grow with tau; keeping the least important is far worse",
+    record("zipvl", claim="important tokens differ by layer and grow in number with tau; keeping the least important is worse",
            figures=figures, table=table, command="python benchmarks/real/zipvl.py", seed=0, folder=a.folder)  # fmt: skip
     for row in table:
         print(row)
