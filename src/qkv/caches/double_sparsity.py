@@ -65,6 +65,18 @@ def unpacked(data: Tensor, bits: int, r: int) -> Tensor:
     return torch.stack(parts, -1).flatten(-2)[..., :r]
 
 
+def coded(q: Tensor, data: Tensor, bits: int) -> Tensor:
+    """``[B, G, N, P]``: products of q ``[B, G, N, r]`` with packed codes ``[B, G, P, r bits / 8]``, a table look-up per byte."""
+    b, g, n, r = q.shape
+    per, width, p = 8 // bits, data.shape[-1], data.shape[2]
+    byte = torch.arange(256, device=q.device)
+    codes = torch.stack([(byte >> (bits * i)) & (2**bits - 1) for i in range(per)]).to(q.dtype)  # [per, 256]
+    table = (
+        torch.nn.functional.pad(q, (0, width * per - r)).unflatten(-1, (width, per)) @ codes
+    )  # [B, G, N, width, 256]
+    return table.gather(-1, data.mT.long().unsqueeze(2).expand(b, g, n, width, p)).sum(-2)
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class DoubleSparsity(Reader):
@@ -181,7 +193,7 @@ class DoubleSparsity(Reader):
             return q.sum(2) @ features["labels"].mT.to(q.dtype)
         codes, step, low = quantise(q, self.label_bits)
         q = (codes.to(q.dtype) * step.unsqueeze(-1) + low.unsqueeze(-1)).sum(2)  # [B, G, N, r]
-        dots = q @ unpacked(features["codes"], self.label_bits, r).to(q.dtype).mT
+        dots = coded(q, features["codes"], self.label_bits)
         step, low = (features[name].to(q.dtype).unsqueeze(2) for name in ("step", "low"))
         return dots * step + low * q.sum(-1, keepdim=True)
 

@@ -93,8 +93,8 @@ def _page_scores(
         live = (j < own)[None, :] & (d < D)[:, None]
         high = tl.load(at, mask=live, other=0.0)
         low = tl.load(at + D, mask=live, other=0.0)
-        u = tl.dot(tl.maximum(q, zero), high, input_precision="ieee")
-        u = tl.dot(tl.minimum(q, zero), low, u, input_precision="ieee")  # [ROWS, BLOCK]
+        u = tl.dot(tl.maximum(q, zero).to(q.dtype), high, input_precision="ieee")
+        u = tl.dot(tl.minimum(q, zero).to(q.dtype), low, u, input_precision="ieee")  # [ROWS, BLOCK]
         if PER_HEAD:
             to = worth_ptr + (pair.to(tl.int64) * R + r)[:, None] * P + j[None, :]
             tl.store(to, u, mask=(r < R)[:, None] & (j < own)[None, :])
@@ -199,21 +199,20 @@ def _select(
     left = want
     bins = tl.arange(0, 512)
     for stage in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * stage
         counts = tl.zeros((512,), tl.int32)
         for start in range(0, many, CHUNK):
             j = start + tl.arange(0, CHUNK)
             live = j < many
             key = _keys_of(worth_ptr, row, j, live, C, sinks, first_recent)
             mine = live & ((key & fixed) == prefix)
-            counts += tl.histogram(tl.where(mine, ((key >> shift) & 255).to(tl.int32), 256), 512)
+            counts += tl.histogram(tl.where(mine, ((key >> (24 - 8 * stage)) & 255).to(tl.int32), 256), 512)
         counts = tl.where(bins < 256, counts, 0)
         above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
         hit = (above < left) & (above + counts >= left)
         digit = tl.sum(tl.where(hit, bins, 0), 0)
         left -= tl.sum(tl.where(hit, above, 0), 0)
-        prefix = prefix | (tl.zeros((1,), tl.uint32) + (digit.to(tl.uint32) << shift))
-        fixed = fixed | (255 << shift)
+        prefix = prefix | (tl.zeros((1,), tl.uint32) + (digit.to(tl.uint32) << (24 - 8 * stage)))
+        fixed = fixed | (tl.full((1,), 255, tl.uint32) << (24 - 8 * stage))
     to = index_ptr + pair.to(tl.int64) * K
     filled = 0
     if keep > 0:
