@@ -195,6 +195,19 @@ def test_slots_overwrite_in_place_and_count_their_bytes():
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", [c for c in CACHES if c is None or c.variant != "greedy"], ids=str)
+def test_on_a_gpu_it_is_the_same(cache):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model, prompt = tiny(), prompts(3)
+    want, _ = generate(model, prompt, cache)
+    got, _ = generate(model.to("cuda"), prompt.to("cuda"), cache)
+    assert torch.equal(got.sequences.cpu(), want.sequences)
+    hot, _ = generate(model, prompt.to("cuda"), cache, sampling=Sampling(1.0), seed=1)
+    assert (hot.tokens != MASK).all()
+
+
 # -- prompts, ends, refusals ------------------------------------------------------------------------------------------
 
 

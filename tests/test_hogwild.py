@@ -503,3 +503,20 @@ def test_scaled_attention_of_yarn_is_not_applied_again():
         a, b = engine.block(), engine.block()
         engine.step(SharedCache([[a]], [a]), [text[:5]])
         close(engine.step(SharedCache([[a, b]], [b]), [text[5:]]), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_on_a_gpu_it_is_the_same(form):
+    """One token per worker runs in the decode kernel, on blocks that several rows read at once."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    single = decoder(dtype=torch.float32)
+    with Engine(single) as engine:
+        want = pair(engine, form)
+    with Engine(single.to("cuda")) as engine:
+        got = pair(engine, form).cpu()
+    assert float((got - want).abs().max()) < 1e-3 * float(want.abs().max())
+    prompts = [ids(5, seed=1).tolist(), ids(9, seed=2).tolist()]
+    out = hogwild_generate(single, prompts, max_steps=8, sampling=Sampling(1.0), seed=3, form=form)
+    assert out.sequences.is_cuda and out.lengths == (8, 8)
