@@ -103,6 +103,7 @@ class Reading:
     call in any row (a host number). whole: the call is a prompt that is read in full. at: the slot of the only query, the same in
     every row, where the host knows it, else None. slot32: the position of single tokens as int32 ``[B]`` where kernels serve them
     (CUDA, up to 32 bits), else None. steady: every query that may read less than it sees reads exactly `most` blocks.
+    window: the queries are a window of a prompt (`Reader.prefill`).
     """
 
     queries: Tensor
@@ -121,6 +122,7 @@ class Reading:
     geometry: Geometry
     notes: dict[str, Tensor]
     board: dict[str, Any] | None
+    window: bool = False
 
     @property
     def tokens(self) -> Tensor:

@@ -242,15 +242,15 @@ class SelectiveCache(Recording):
             self.geometry, self.notes, None if self.board is None else self.board.notes,
         )  # fmt: skip
 
-    def _chosen(self, q: Tensor, place: Tensor, step: Step) -> Tensor:
-        """Queries ``[B, H, N, D]`` that each read what was chosen for them."""
+    def _chosen(self, q: Tensor, place: Tensor, step: Step, window: bool = False) -> Tensor:
+        """Queries ``[B, H, N, D]`` that each read what was chosen for them; window: they are one of a prompt's."""
         tokens = (place if self.columns is not None else place[:1]) + 1
         reads = self.reader.reads(tokens)
         if bool((reads >= tokens).all()):
             return self._everything(q, place, step)
         most = max(1, int(kept_blocks(reads, tokens, self.block).max()))
         view = self._view(q, place, step.scale, most)
-        selection = self.reader.choose(view)
+        selection = self.reader.choose(dataclasses.replace(view, window=True) if window else view)
         return self._everything(q, place, step) if selection is None else self._gathered(view, selection, step)
 
     def _windows(self, q: Tensor, place: Tensor, step: Step, window: int, before: list[int]) -> Tensor:
@@ -275,7 +275,7 @@ class SelectiveCache(Recording):
             if not mine.shape[1]:
                 continue
             part = _take(q, column[:, None].expand(-1, h, -1).to(q.device))
-            got = self._chosen(part, torch.where(mine, slot, -1), step)
+            got = self._chosen(part, torch.where(mine, slot, -1), step, window=True)
             row, at = mine.nonzero(as_tuple=True)
             to = column[row, at].to(q.device)
             row, at = row.to(q.device), at.to(q.device)
