@@ -18,6 +18,7 @@ Axes: B batch, N tokens of the prompt, H query heads, G key/value heads, W tail 
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -198,11 +199,9 @@ def specpc_compress(
 
 def examples(model: Any) -> Mapping[str, Mapping[str, Any]]:
     """For the laws: a draft that knows nothing, and the model itself."""
-    from transformers import AutoModelForCausalLM
-
     rng = torch.random.get_rng_state()
     torch.manual_seed(5)
-    stranger: Any = AutoModelForCausalLM.from_config(model.config).to(model.device, model.dtype).eval()
+    stranger: Any = type(model)(copy.deepcopy(model.config)).to(model.device, model.dtype).eval()
     torch.random.set_rng_state(rng)
     return {"random": {"draft": stranger}, "itself": {"draft": truncated(model, model.config.num_hidden_layers)}}
 

@@ -12,6 +12,7 @@ different numbers of tokens and are decoded one after the other.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from qkv.core.decoding import GREEDY, Decoding, DecodingSpec, Generated, Progress, Sampling
 from qkv.core.spec import param
-from qkv.decode._common.accept import accept_chain
 from qkv.decode._common.drafts import ModelDraft, check_vocabulary, truncated
 from qkv.decode._common.loop import speculate
 from qkv.decode._common.target import Target, opened
@@ -41,16 +41,11 @@ def reference(p: Tensor, q: Tensor, tokens: list[int], uniform: list[float]) -> 
     return len(tokens), p[len(tokens)]
 
 
-step = accept_chain
-
-
 def examples(model: Any) -> Mapping[str, Mapping[str, Any]]:
     """For the laws: a draft that knows nothing, one that says the least likely, one layer of the model, the model itself."""
-    from transformers import AutoModelForCausalLM
-
     rng = torch.random.get_rng_state()
     torch.manual_seed(5)
-    stranger: Any = AutoModelForCausalLM.from_config(model.config).to(model.device, model.dtype).eval()
+    stranger: Any = type(model)(copy.deepcopy(model.config)).to(model.device, model.dtype).eval()
     torch.random.set_rng_state(rng)
     contrary = truncated(model, model.config.num_hidden_layers)
     contrary.lm_head = torch.nn.Linear(1, 1, bias=False)
