@@ -37,7 +37,8 @@ class OperatorSpec(Spec):
     given when the operator is recurrent. step: ``step(q, k, v, state, *, ...) -> (out, State)``, one token.
     kernel: ``"qkv.kernels.gla:chunk"``, the Triton twin, imported on first use; it takes every parameter.
     extras: named extra inputs; the laws, bench, docs and layers read how to draw and check them from here.
-    cross: N and M may differ (self-attention operators set False).
+    cross: N and M may differ (self-attention operators set False; ``"bidirectional"``: only without `causal`).
+    A bidirectional call keeps no state. Axes ``s`` and ``w`` of an extra are sizes of its own (codes, a window).
     """
 
     kind: ClassVar[str] = "operator"
@@ -50,7 +51,7 @@ class OperatorSpec(Spec):
     causal: Literal["only", "never", "both"] = "both"
     padding: bool = True
     gqa: bool = True
-    cross: bool = True
+    cross: bool | Literal["bidirectional"] = True
     scale: Callable[[int], float] | None = field(default=lambda d: d**-0.5)
     extras: Mapping[str, Extra] = field(default_factory=dict)
 
@@ -103,6 +104,8 @@ class Operator(Method):
             call["causal"] = causal
         if spec.initial is None and (initial_state is not None or return_state):
             raise Refused(f"{self.id} carries no recurrent state; leave initial_state and return_state out")
+        if not causal and (initial_state is not None or return_state):
+            raise Refused(f"{self.id} keeps a state only when causal; leave initial_state and return_state out")
         if spec.initial is not None:
             self._check_state(initial_state, optional=True)
             call |= {"initial_state": initial_state, "return_state": return_state}
@@ -139,15 +142,17 @@ class Operator(Method):
         """Checked q, k, v (0 where padded) and the keywords of a form: extras, padding, scale."""
         spec = self.spec
         check_qkv(q, k, v, causal=causal, who=self.id)
-        if not spec.cross and q.shape[2] != k.shape[2]:
-            raise InvalidInput(f"{self.id} is a self-attention: N={q.shape[2]} and M={k.shape[2]} must agree")
+        cross = spec.cross is True or (spec.cross == "bidirectional" and not causal)
+        if not cross and q.shape[2] != k.shape[2]:
+            what = "a self-attention" if not spec.cross else "a self-attention when causal"
+            raise InvalidInput(f"{self.id} is {what}: N={q.shape[2]} and M={k.shape[2]} must agree")
         if not spec.gqa and q.shape[1] != k.shape[1]:
             raise InvalidInput(f"{self.id} needs as many key/value heads as query heads; got H={q.shape[1]}, "
                                f"G={k.shape[1]}: repeat keys and values first")  # fmt: skip
         call: dict[str, Any] = self._extras(extras, q, k, v)
         if padding is not None:
             self._check_padding(padding, q, k)
-            aligned = causal or not spec.cross  # the queries are the last N of the M tokens
+            aligned = causal or not cross  # the queries are the last N of the M tokens
             axes = {name: self._axes(name, x, q, k, v) for name, x in call.items()}
             call = {name: _blank(x, axes[name], padding, aligned) for name, x in call.items()}
             q, k, v = (_blank(x, a, padding, aligned) for x, a in ((q, "bhnd"), (k, "bgmd"), (v, "bgme")))
@@ -182,9 +187,9 @@ class Operator(Method):
         sizes = {"b": q.shape[0], "h": q.shape[1], "g": k.shape[1], "n": q.shape[2], "m": k.shape[2],
                  "d": q.shape[3], "e": v.shape[3]}  # fmt: skip
         axes = self.spec.extras[name].axes
-        options = {a: tuple(sizes[c] for c in a) for a in axes.split("|")}
+        options = {a: tuple(sizes.get(c, c) for c in a) for a in axes.split("|")}
         for letters, shape in options.items():
-            if tuple(x.shape) == shape:
+            if _fits(tuple(x.shape), shape):
                 return letters
         raise InvalidInput(f"{self.id}: `{name}` has shape {tuple(x.shape)}; expected axes {axes} = "
                            f"{' or '.join(map(str, options.values()))}")  # fmt: skip
@@ -222,6 +227,13 @@ class Operator(Method):
                 wanted = " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
                 raise InvalidInput(f"{self.id}: `{name}` must be {wanted} ({extra.doc}); got values from "
                                    f"{low:.4g} to {high:.4g}")  # fmt: skip
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
+    """Whether sizes agree; a letter stands for any size but 0."""
+    return len(shape) == len(wanted) and all(
+        n == w if isinstance(w, int) else n > 0 for n, w in zip(shape, wanted, strict=True)
+    )
 
 
 def _blank(x: Tensor, axes: str, padding: Tensor, aligned: bool) -> Tensor:

@@ -22,6 +22,7 @@ from qkv.core.state import State
 from qkv.testing._law import Case, Draw, close, expect, finite, forms, law, same
 
 B, H, N, D, E = 2, 3, 13, 5, 7
+FREE = {"s": 4, "w": 11}  # sizes of an extra's own axes
 TINY, HUGE = 1e-30, 1e4
 
 
@@ -95,7 +96,7 @@ def draw(
     """Random inputs of an operator. choice: which alternative axes the extras take, see `choices`."""
     dtype = exact(case) if dtype is None else dtype
     rng, g, m = case.draw(salt), h if g is None else g, n if m is None else m
-    sizes = {"b": b, "h": h, "g": g, "n": n, "m": m, "d": d, "e": e}
+    sizes = {"b": b, "h": h, "g": g, "n": n, "m": m, "d": d, "e": e} | FREE
     shapes = ((b, h, n, d), (b, g, m, d), (b, g, m, e))
     q, k, v = (rng.normal(*shape).to(dtype) for shape in shapes)
     extras, axes = {}, {}
@@ -169,15 +170,20 @@ def variety(case: Case) -> Iterator[tuple[str, Inputs]]:
         plain: list[tuple[str, dict[str, Any]]] = [(f"choice {c}", {"choice": c}) for c in choices(spec)]
         if spec.gqa:
             plain += [("one key head", {"g": 1}), ("two heads per key head", {"h": 2 * H, "g": H})]
-        if spec.cross:
+        cross = _cross(spec, causal)
+        if cross:
             plain += [("N < M", {"n": 11})] + ([] if causal else [("N > M", {"m": 11})])
-        plain += [("one token", {"n": 1})] + ([("one query", {"n": 1, "m": N})] if spec.cross else [])
+        plain += [("one token", {"n": 1})] + ([("one query", {"n": 1, "m": N})] if cross else [])
         for label, sizes in plain:
             salt += 1
             inputs = draw(case, salt=salt, **sizes)
             if spec.causal == "both":
                 inputs.keywords["causal"] = causal
             yield f"{label}, {'causal' if causal else 'bidirectional'}", inputs
+
+
+def _cross(spec: Any, causal: bool) -> bool:
+    return spec.cross is True or (spec.cross == "bidirectional" and not causal)
 
 
 def _fast(case: Case) -> bool:
@@ -309,7 +315,7 @@ def gradcheck(case: Case) -> None:
                 inputs.keywords["causal"] = causal
             leaves = inputs.leaves(case.spec)
             names = differentiable(leaves, case.spec)
-            state = _started(case, inputs)
+            state = _started(case, inputs) if causal else None
             parts = {n: t.detach().clone().requires_grad_() for n, t in state.tensors.items()
                      if t.is_floating_point()} if state is not None else {}  # fmt: skip
 
@@ -345,7 +351,7 @@ def _started(case: Case, inputs: Inputs) -> State | None:
 def no_future_leak(case: Case) -> None:
     """Every query in turn; also after replacing everything later by other values."""
     sizes: list[dict[str, Any]] = [{"choice": c} for c in choices(case.spec)]
-    sizes += [{"n": 11, "m": N}] if case.spec.cross else []
+    sizes += [{"n": 11, "m": N}] if _cross(case.spec, True) else []
     for size in sizes:
         inputs, other = draw(case, **size), draw(case, salt=1, **size)
         if case.spec.causal == "both":
@@ -446,7 +452,7 @@ def padding_changes_nothing(case: Case) -> None:
                     axes = inputs.letters()[name]
                     if axes[0] == "b":
                         _padded_gradient(case, grads[name][row], want[name][0], axes[1:], real[row], f"{what}: {name}")
-            if _recurrent(case):
+            if causal and _recurrent(case):
                 _padded_state(case, inputs, real)
 
 
