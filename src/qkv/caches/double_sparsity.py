@@ -197,6 +197,16 @@ class DoubleSparsity(Reader):
         step, low = (features[name].to(q.dtype).unsqueeze(2) for name in ("step", "low"))
         return dots * step + low * q.sum(-1, keepdim=True)
 
+    def describe(self, view: Reading) -> bool:
+        """The label of the newest key."""
+        write, channels = kernel("gather:token_label"), view.notes["channels"]
+        if self.label_bits == 16:
+            write(view.keys, channels, view.features["labels"], view.slot32)
+        else:
+            codes, step, low = (view.features[name] for name in ("codes", "step", "low"))
+            write(view.keys, channels, codes, view.slot32, bits=self.label_bits, step=step, low=low)
+        return True
+
     def rank(self, view: Reading) -> Tensor:
         """`scores`; of single tokens on CUDA by a kernel."""
         channels = view.notes["channels"]

@@ -80,6 +80,11 @@ class Quest(Reader):
         """``[B, G, P, 2 D]``: hi, then lo."""
         return {"bounds": torch.cat((blocks.keys.amax(3), blocks.keys.amin(3)), -1)}
 
+    def describe(self, view: Reading) -> bool:
+        """The bounds of the own page, as far as it is filled."""
+        kernel("gather:page_bounds")(view.keys, view.features["bounds"], view.slot32, block=view.block)
+        return True
+
     def rank(self, view: Reading) -> Tensor:
         """The upper bound of each page; of single tokens on CUDA by a kernel."""
         if view.slot32 is not None:

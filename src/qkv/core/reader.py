@@ -162,15 +162,19 @@ class Reading:
         position = self.position[rows, at].unsqueeze(-1)
         return replace(self, queries=q, position=position, at=None, slot32=None), position[:, 0] >= 0
 
-    def best(self, worth: Tensor, reads: Tensor, *, sinks: int = 0, recent: int = 0) -> Selection:
+    def best(self, worth: Tensor, reads: Tensor | None, *, sinks: int = 0, recent: int = 0) -> Selection:
         """The own block, the first `sinks` and last `recent` tokens, then the highest worth, within `reads` tokens.
 
         worth: ``[B, A, N or 1, P]``; with one entry for several queries these share a choice that serves the earliest and the
         latest of them. reads: int64 broadcastable to ``[B, 1, N or 1, 1]``: tokens that may be read (whole blocks, at least the
-        own one). Padding queries choose nothing. NaN ranks last.
+        own one), or None where the view is `steady`. Padding queries choose nothing. NaN ranks last.
         """
         if self.slot32 is not None:
-            keep = None if self.steady else kept_blocks(reads, self.tokens, self.block)[:, 0, 0, 0].to(torch.int32)
+            keep = (
+                None
+                if reads is None or self.steady
+                else kept_blocks(reads, self.tokens, self.block)[:, 0, 0, 0].to(torch.int32)
+            )
             pick = kernel("gather:select")
             return Selection(
                 pick(worth.float(), self.slot32, self.most, block=self.block, keep=keep, sinks=sinks, recent=recent)
@@ -178,6 +182,7 @@ class Reading:
         worth = worth.to(torch.promote_types(worth.dtype, torch.float32)).nan_to_num(-LARGEST, LARGEST, -LARGEST)
         if self.at is not None:
             return self._best_of_one(worth, sinks, recent)
+        assert reads is not None, "only a steady view knows by itself how much is read"
         c, p = self.block, worth.shape[-1]
         first = last = self.position[:, None, :, None]  # [B, 1, N, 1]
         if worth.shape[2] == 1 and last.shape[2] > 1:
@@ -285,6 +290,13 @@ class Reader(CacheMethod):
         """Rows of fewer tokens are not indexed yet (`reads` must cover them): for an index that depends on its first tokens."""
         return 0
 
+    def describe(self, view: Reading) -> bool:
+        """In a captured step: write what `features` gives for every row's own block in place (by a kernel), and say True.
+
+        Called with `view.slot32`. The default says False: `features` is called on that block.
+        """
+        return False
+
     def observe(self, view: Reading) -> None:
         """Called on every call once its tokens are stored, before they are indexed and read: a place to fill `view.notes`.
 
@@ -301,7 +313,8 @@ class Reader(CacheMethod):
 
     def choose(self, view: Reading) -> Selection | None:
         """What each query reads, or None for everything."""
-        return view.best(self.rank(view), self.reads(view.tokens), sinks=self.sinks(), recent=self.recent())
+        reads = None if view.steady else self.reads(view.tokens)
+        return view.best(self.rank(view), reads, sinks=self.sinks(), recent=self.recent())
 
     def shift(self, view: Reading, slot: Tensor) -> Tensor | None:
         """Positions by which each gathered key is rotated forward before it is read, or None (keys stay where they are).

@@ -1,5 +1,7 @@
 r"""Decode attention over chosen pages or tokens, read in place, and what chooses them.
 
+    page_bounds    largest and smallest channels of the own page, as far as it is filled
+    token_label    the label of the newest key, packed as the others are
     page_scores    u_p = max over the query heads of a KV head of  sum_c max(q_c lo_pc, q_c hi_pc)
     label_scores   s_m = sum over those heads of  <q[channels], label_m>,  labels of 16 bits or packed codes
     select         the own page, then the best of the older ones by an exact radix select; ties go to the lower number
@@ -72,6 +74,70 @@ def _gather(
     row = (pair.to(tl.int64) * S + split) * R + r
     tl.store(part_ptr + row[:, None] * E + e[None, :], out, mask=(r < R)[:, None] & (e < E)[None, :])
     tl.store(lse_ptr + row, lse, mask=r < R)
+
+
+@triton.jit
+def _page_bounds(
+    k_ptr, bounds_ptr, position_ptr, G, C, D, k_b, k_g, k_c, b_b, b_g, b_p, CP: tl.constexpr, DP: tl.constexpr
+):
+    """Bounds of the own page of one (row, KV head)."""
+    pair = tl.program_id(0)
+    b, g = pair // G, pair % G
+    newest = tl.load(position_ptr + b)
+    if newest >= 0:
+        own = newest // C
+        c, d = tl.arange(0, CP), tl.arange(0, DP)
+        live = (c < C) & (own * C + c <= newest)
+        at = (
+            k_ptr + b.to(tl.int64) * k_b + g.to(tl.int64) * k_g + (own * C + c)[:, None].to(tl.int64) * k_c + d[None, :]
+        )
+        both = live[:, None] & (d < D)[None, :]
+        high = tl.max(tl.load(at, mask=both, other=float("-inf")).to(tl.float32), 0)
+        low = tl.min(tl.load(at, mask=both, other=float("inf")).to(tl.float32), 0)
+        to = bounds_ptr + b.to(tl.int64) * b_b + g.to(tl.int64) * b_g + own.to(tl.int64) * b_p + d
+        tl.store(to, high.to(bounds_ptr.dtype.element_ty), mask=d < D)
+        tl.store(to + D, low.to(bounds_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _token_label(
+    k_ptr, channels_ptr, labels_ptr, step_ptr, low_ptr, position_ptr, G, L,
+    k_b, k_g, k_c, l_b, l_g, l_p, s_b, s_g, BITS: tl.constexpr, LP: tl.constexpr,
+):  # fmt: skip
+    """The label of the newest token of one (row, KV head)."""
+    pair = tl.program_id(0)
+    b, g = pair // G, pair % G
+    newest = tl.load(position_ptr + b)
+    if newest >= 0:
+        key = k_ptr + b.to(tl.int64) * k_b + g.to(tl.int64) * k_g + newest.to(tl.int64) * k_c
+        to = labels_ptr + b.to(tl.int64) * l_b + g.to(tl.int64) * l_g + newest.to(tl.int64) * l_p
+        w = tl.arange(0, LP)
+        if BITS == 16:
+            channel = tl.load(channels_ptr + pair.to(tl.int64) * L + w, mask=w < L, other=0)
+            tl.store(to + w, tl.load(key + channel, mask=w < L, other=0.0), mask=w < L)
+        else:
+            PER: tl.constexpr = 8 // BITS
+            TOP: tl.constexpr = (1 << BITS) - 1
+            least, most = float("inf"), float("-inf")
+            for i in tl.static_range(PER):
+                c = w * PER + i
+                channel = tl.load(channels_ptr + pair.to(tl.int64) * L + c, mask=c < L, other=0)
+                x = tl.load(key + channel).to(tl.float32)
+                least = tl.minimum(least, tl.min(tl.where(c < L, x, float("inf")), 0))
+                most = tl.maximum(most, tl.max(tl.where(c < L, x, float("-inf")), 0))
+            unit = (most - least) / TOP
+            unit = tl.where(unit == 0.0, 1.0, unit)
+            data = tl.zeros((LP,), tl.int32)
+            for i in tl.static_range(PER):
+                c = w * PER + i
+                channel = tl.load(channels_ptr + pair.to(tl.int64) * L + c, mask=c < L, other=0)
+                x = tl.load(key + channel).to(tl.float32)
+                code = tl.minimum(tl.maximum(tl.floor((x - least) / unit + 0.5), 0.0), TOP).to(tl.int32)
+                data = data | (tl.where(c < L, code, 0) << (BITS * i))
+            tl.store(to + w, data.to(tl.uint8), mask=w * PER < L)
+            side = b.to(tl.int64) * s_b + g.to(tl.int64) * s_g + newest
+            tl.store(step_ptr + side, unit.to(step_ptr.dtype.element_ty))
+            tl.store(low_ptr + side, least.to(low_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -240,6 +306,36 @@ def _rows(q: Tensor, who: str) -> None:
         raise InvalidInput(f"{who}: expected one token per row, q [B, H, 1, D] contiguous in D; got {tuple(q.shape)}")
 
 
+def page_bounds(keys: Tensor, bounds: Tensor, position: Tensor, *, block: int) -> None:
+    """Write the bounds of every own page: keys ``[B, G, S, D]``, bounds ``[B, G, P, 2 D]`` in place, position int32 ``[B]``."""
+    b, g, _, d = keys.shape
+    _page_bounds[(b * g,)](
+        keys, bounds, position, g, block, d, keys.stride(0), keys.stride(1), keys.stride(2),
+        bounds.stride(0), bounds.stride(1), bounds.stride(2),
+        CP=triton.next_power_of_2(block), DP=triton.next_power_of_2(d), num_warps=1,
+    )  # fmt: skip
+
+
+def token_label(
+    keys: Tensor,
+    channels: Tensor,
+    labels: Tensor,
+    position: Tensor,
+    *,
+    bits: int = 16,
+    step: Tensor | None = None,
+    low: Tensor | None = None,
+) -> None:
+    """Write the label of every row's newest key in place; arguments as `label_scores`, keys ``[B, G, S, D]``."""
+    b, g = keys.shape[:2]
+    side = labels if step is None else step
+    _token_label[(b * g,)](
+        keys, channels, labels, side, side if low is None else low, position, g, channels.shape[2],
+        keys.stride(0), keys.stride(1), keys.stride(2), labels.stride(0), labels.stride(1), labels.stride(2),
+        side.stride(0), side.stride(1), BITS=bits, LP=triton.next_power_of_2(labels.shape[3]), num_warps=1,
+    )  # fmt: skip
+
+
 def page_scores(q: Tensor, bounds: Tensor, position: Tensor, *, block: int, per_head: bool = False) -> Tensor:
     """Upper bounds of every logit in the pages before the own one: float32 ``[B, G, 1, P]``, or ``[B, H, 1, P]``.
 
@@ -382,4 +478,4 @@ def gather_attention(
     return out, out_lse
 
 
-__all__ = ["gather_attention", "label_scores", "page_scores", "select"]
+__all__ = ["gather_attention", "label_scores", "page_bounds", "page_scores", "select", "token_label"]

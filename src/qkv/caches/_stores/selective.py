@@ -461,7 +461,7 @@ class SelectiveCache(Recording):
             self.notes, None if self.board is None else self.board.notes,
         )  # fmt: skip
         self.reader.observe(view)
-        if self.indexes:
+        if self.indexes and not self.reader.describe(view):
             self._index_own(view)
         selection = self.reader.choose(view)
         if selection is None:
