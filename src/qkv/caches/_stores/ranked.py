@@ -151,6 +151,7 @@ class RankedCache(Recording):
         if self._waits(n):
             out, _ = self._run(q, read, values, mask, True, step, 0, seen_by)
             self._remember(q, query)
+            self.seen += n
             self._store(view, state, hold=True)
         else:
             past = 0 if self.tail is None else self.tail.shape[2]
@@ -166,8 +167,8 @@ class RankedCache(Recording):
                 probs = self._probs(every, read, places, position, step.scale, rows)
                 view = replace(view, rows=probs, asked=places[:, -rows:])
             self.tail = self.tail_at = None
+            self.seen += n
             self._store(view, self.policy.observe(state, view))
-        self.seen += n
         return out
 
     def _remember(self, q: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
