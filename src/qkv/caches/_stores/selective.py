@@ -311,7 +311,9 @@ class SelectiveCache(Recording):
             return self._decode(q, None if self.columns is None else place.to(q.device, torch.int32), step.scale)
         used = max(self.lengths)
         mask = None
-        if self.columns is not None or q.shape[2] > 1:
+        if (
+            self.columns is not None or q.shape[2] > 1 or int(place[0, 0]) + 1 < used
+        ):  # a window may end before the prompt
             slot = torch.arange(used, device=q.device)
             mask = slot <= place.to(q.device)[:, None, :, None]
         return (step.compute or sdpa)(
