@@ -1,0 +1,336 @@
+r"""Miras: a memory matrix trained online, token by token, by a choice of loss and of what is retained (Moneta, Yaad, Memora).
+
+    A_t = alpha_t A_{t-1} - eta_t grad loss(W'; k_t, v_t),    W_t = phi(A_t),    o_t = W_t q_t,    e = W' k_t - v_t
+
+    loss        dot  -v . W k                     gradient -v k^T
+                l2   |e|^2 (half: |e|^2 / 2)      2 e k^T
+                lp   sum |e|^p, smooth            p tanh(10 e) (e^2 + 1e-6)^((p - 1) / 2) k^T
+                huber  |e|^2 / 2 up to |e| = delta, then linear    e k^T, beyond delta e / |e| k^T (or delta sign(e) k^T)
+    retention   decay  phi(A) = A        norm  phi(A) = A / max(|A|_q, 1e-6)^(q - 2)        softmax  phi(A) = softmax of each row
+
+    Moneta: lp with p = 3 and norm with q = 4.   Yaad: huber and decay.   Memora: l2 and softmax (A = log W up to a constant).
+
+W' is the memory at the end of the last whole chunk of `chunk_size` tokens: the chunk size is part of the definition, chunks are
+counted over the real tokens of each row, and decoding keeps the same schedule. chunk_size 1 is the recurrence itself. q and k are
+L2-normalised (`normalise`). ``retain_first`` takes the gradient at alpha_t W' (with l2, chunk_size 1: the gated delta rule).
+Completed from the paper's abstract and public notes: matrix memories only (no MLP memory); a token inside a chunk reads phi of
+its own A_t; Memora keeps the schedule of the others (no lag token); A_0 = 0.
+
+State: A `state` and W' `frozen` ``[B, H, E, D]``, `count` ``[B]`` tokens into the chunk.
+
+Axes: B batch, H query heads, G key/value heads, N tokens, C chunk, D key width, E value width.
+Behrouz et al. 2025, It's All Connected, arXiv:2504.13173.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkv.core.operator import Operator, OperatorSpec
+from qkv.core.spec import Extra, param
+from qkv.core.state import State
+from qkv.ops._common.states import after, per_head, wide
+
+Loss = Literal["dot", "l2", "lp", "huber"]
+Retention = Literal["decay", "norm", "softmax"]
+
+
+class Rule(NamedTuple):
+    """The choices that make a memory."""
+
+    loss: Loss = "huber"
+    retention: Retention = "decay"
+    loss_power: float = 3.0
+    norm_power: float = 4.0
+    half: bool = False
+    huber: str = "vector"
+    retain_first: bool = False
+    chunk_size: int = 16
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor, eta: Tensor, delta: Tensor | None = None,
+    padding: Tensor | None = None, initial_state: State | None = None, return_state: bool = False, normalise: bool = True,
+    loss: Loss = "huber", retention: Retention = "decay", loss_power: float = 3.0, norm_power: float = 4.0,
+    half: bool = False, huber: str = "vector", retain_first: bool = False, chunk_size: int = 16,
+) -> Any:  # fmt: skip
+    """Token by token. q ``[B, H, N, D]``, k ``[B, G, N, D]``, v ``[B, G, N, E]`` -> ``[B, H, N, E]`` (and a state)."""
+    chosen = Rule(loss, retention, loss_power, norm_power, half, huber, retain_first, chunk_size)
+    dtype, tokens = q.dtype, q.shape[2]
+    q, k, v, gates = _inputs(q, k, v, log_decay, eta, delta, normalise)
+    m, outs = _memory(q, v, initial_state, chosen), []
+    for t in range(tokens):
+        here = None if padding is None else padding[:, t]
+        out, m = _token(*(x[:, :, t] for x in (q, k, v, *gates)), m, here, chosen)
+        outs.append(out)
+    out = torch.stack(outs, 2).to(dtype)
+    return (out, after("miras", initial_state, tokens, **m._asdict())) if return_state else out
+
+
+def fast(
+    q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor, eta: Tensor, delta: Tensor | None = None,
+    padding: Tensor | None = None, initial_state: State | None = None, return_state: bool = False, normalise: bool = True,
+    loss: Loss = "huber", retention: Retention = "decay", loss_power: float = 3.0, norm_power: float = 4.0,
+    half: bool = False, huber: str = "vector", retain_first: bool = False, chunk_size: int = 16,
+) -> Any:  # fmt: skip
+    """The same map, one chunk at a time: its gradients are matmuls, its decays one masked product; shapes as in `reference`."""
+    chosen, size = Rule(loss, retention, loss_power, norm_power, half, huber, retain_first, chunk_size), chunk_size
+    dtype, (b, _, n, _) = q.dtype, q.shape
+    q, k, v, gates = _inputs(q, k, v, log_decay, eta, delta, normalise)
+    m = _memory(q, v, initial_state, chosen)
+    real = q.new_ones(b, n, dtype=torch.bool) if padding is None else padding
+    length = n if initial_state is None else n + size - 1
+    length = -(-length // size) * size
+    place = m.count[:, None] + real.cumsum(1) - 1  # slot of each token: chunks are aligned over the rows
+    place = place.masked_fill(~real, length)
+    slots = [_placed(x, place, length).unflatten(2, (-1, size)).unbind(2) for x in (q, k, v, *gates)]
+    total = m.count + real.sum(1)  # slots filled at the end, [B]
+    outs = []
+    for j, parts in enumerate(zip(*slots, strict=True)):
+        out, state = _chunk(*parts, m.state, m.frozen, chosen)
+        whole = (total >= (j + 1) * size)[:, None, None, None]
+        m = Memory(*_ended(state, m.frozen, whole, chosen), m.count)
+        outs.append(out)
+    index = place.clamp(max=length - 1)[:, None, :, None].expand(-1, q.shape[1], -1, v.shape[-1])
+    out = torch.cat(outs, 2).gather(2, index).to(dtype)
+    end = m._replace(count=total % size)
+    return (out, after("miras", initial_state, n, **end._asdict())) if return_state else out
+
+
+def initial(
+    q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor | None = None, eta: Tensor | None = None,
+    delta: Tensor | None = None, retention: Retention = "decay",
+) -> State:  # fmt: skip
+    """The empty memory."""
+    return after("miras", None, 0, **_memory(q, v, None, Rule(retention=retention))._asdict())
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, state: State, *, log_decay: Tensor, eta: Tensor, delta: Tensor | None = None,
+    padding: Tensor | None = None, normalise: bool = True,
+    loss: Loss = "huber", retention: Retention = "decay", loss_power: float = 3.0, norm_power: float = 4.0,
+    half: bool = False, huber: str = "vector", retain_first: bool = False, chunk_size: int = 16,
+) -> tuple[Tensor, State]:  # fmt: skip
+    """One token: q ``[B, H, 1, D]``, k ``[B, G, 1, D]``, v ``[B, G, 1, E]`` -> out ``[B, H, 1, E]``, new state."""
+    return reference(
+        q, k, v, log_decay=log_decay, eta=eta, delta=delta, padding=padding, initial_state=state, return_state=True,
+        normalise=normalise, loss=loss, retention=retention, loss_power=loss_power, norm_power=norm_power, half=half,
+        huber=huber, retain_first=retain_first, chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def moneta(**settings: Any) -> Miras:
+    """Moneta: the p-norm loss (p = 3) and the retention of a q-norm (q = 4)."""
+    return Miras(loss="lp", retention="norm", **settings)
+
+
+def yaad(**settings: Any) -> Miras:
+    """Yaad: the Huber loss and a decay."""
+    return Miras(loss="huber", retention="decay", **settings)
+
+
+def memora(**settings: Any) -> Miras:
+    """Memora: the squared loss and rows on the simplex."""
+    return Miras(loss="l2", retention="softmax", **settings)
+
+
+class Memory(NamedTuple):
+    """A, W' and the tokens into the chunk."""
+
+    state: Tensor
+    frozen: Tensor
+    count: Tensor
+
+
+def _token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    eta: Tensor,
+    delta: Tensor,
+    m: Memory,
+    real: Tensor | None,
+    rule: Rule,
+) -> tuple[Tensor, Memory]:
+    """One token ``[B, H, .]`` of rows that may differ in where their chunks end."""
+    u = slope((m.frozen @ k.unsqueeze(-1)).squeeze(-1), v, log_decay, delta, rule)
+    state = log_decay.exp().unsqueeze(-1) * m.state - (eta * u).unsqueeze(-1) * k.unsqueeze(-2)
+    count = m.count + 1
+    if real is not None:
+        state = torch.where(real[:, None, None, None], state, m.state)
+        count = torch.where(real, count, m.count)
+    out = (retained(state, rule) @ q.unsqueeze(-1)).squeeze(-1)
+    whole = (count == rule.chunk_size)[:, None, None, None]
+    return out, Memory(*_ended(state, m.frozen, whole, rule), count % rule.chunk_size)
+
+
+def _chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    eta: Tensor,
+    delta: Tensor,
+    state: Tensor,
+    frozen: Tensor,
+    rule: Rule,
+) -> tuple[Tensor, Tensor]:
+    """A chunk ``[B, H, C, .]``: its outputs ``[B, H, C, E]`` and A after it."""
+    u = -eta * slope(k @ frozen.mT, v, log_decay, delta, rule)  # [B, H, C, E]
+    total = log_decay.cumsum(2)
+    fade = (total.unsqueeze(3) - total.unsqueeze(2)).clamp(max=0.0).exp()  # [B, H, C, C, 1 | E]
+    ages = torch.ones(q.shape[2], q.shape[2], dtype=q.dtype, device=q.device).tril()
+    added = fade * ages[..., None] * u.unsqueeze(2)  # what token i adds to row e of A_t, [B, H, t, i, E]
+    into = total.exp()
+    if rule.retention == "decay":
+        out = into * (q @ state.mT) + ((q @ k.mT).unsqueeze(-1) * added).sum(3)
+        return out, into[:, :, -1].unsqueeze(-1) * state + added[:, :, -1].mT @ k
+    every = into.unsqueeze(-1) * state.unsqueeze(2) + added.mT @ k.unsqueeze(2)  # A_t, [B, H, C, E, D]
+    return (retained(every, rule) @ q.unsqueeze(-1)).squeeze(-1), every[:, :, -1]
+
+
+def slope(prediction: Tensor, v: Tensor, log_decay: Tensor, delta: Tensor, rule: Rule) -> Tensor:
+    """Gradient of the loss by the prediction W' k, ``[..., E]``; times k^T it is the gradient by W'."""
+    if rule.loss == "dot":
+        return -v
+    e = (prediction * log_decay.exp() if rule.retain_first else prediction) - v
+    if rule.loss == "l2":
+        return e if rule.half else 2 * e
+    if rule.loss == "lp":
+        return rule.loss_power * (10 * e).tanh() * (e * e + 1e-6) ** ((rule.loss_power - 1) / 2)
+    size = (e * e).sum(-1, keepdim=True).clamp(min=1e-30).sqrt()
+    return torch.where(size <= delta, e, delta * (e / size if rule.huber == "vector" else e.sign()))
+
+
+def retained(state: Tensor, rule: Rule) -> Tensor:
+    """phi: the memory of A ``[..., E, D]``."""
+    if rule.retention == "softmax":
+        return state.softmax(-1)
+    if rule.retention == "norm":
+        top = state.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1e-30)
+        size = (state / top).abs().pow(rule.norm_power).sum((-2, -1), keepdim=True).clamp(min=1.0) ** (
+            1 / rule.norm_power
+        )
+        return state / (top * size).clamp(min=1e-6) ** (rule.norm_power - 2)
+    return state
+
+
+def _ended(state: Tensor, frozen: Tensor, whole: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """A and W' after a token or chunk; rows whose chunk is whole renew W' (and bound the logits)."""
+    if rule.retention == "softmax":
+        state = torch.where(whole, state.log_softmax(-1), state)
+    return state, torch.where(whole, retained(state, rule), frozen)
+
+
+def _placed(x: Tensor, place: Tensor, length: int) -> Tensor:
+    """Tokens ``[B, H, N, .]`` at their slots ``[B, H, length, .]``, zeros elsewhere; slot `length` is thrown away."""
+    out = x.new_zeros(*x.shape[:2], length + 1, x.shape[-1])
+    return out.scatter(2, place[:, None, :, None].expand_as(x), x)[:, :, :length]
+
+
+def _inputs(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, eta: Tensor, delta: Tensor | None, normalise: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """q, k, v per query head and the gates ``[B, H, N, 1 | E]``, in float32 or wider."""
+    q, k, v = (x.to(wide(x)) for x in (q, *per_head(q, k, v)))
+    if normalise:
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    gates = [x if x.ndim == 4 else x.unsqueeze(-1) for x in (log_decay.to(q), eta.to(q))]
+    bound = torch.ones_like(q[..., :1]) if delta is None else delta.to(q).unsqueeze(-1)
+    return q, k, v, (gates[0], gates[1], bound)
+
+
+def _memory(q: Tensor, v: Tensor, state: State | None, rule: Rule) -> Memory:
+    b, shape = q.shape[0], (*q.shape[:2], v.shape[-1], q.shape[-1])
+    if state is None:
+        empty = q.new_zeros(shape, dtype=wide(q))
+        return Memory(empty, retained(empty, rule), torch.zeros(b, dtype=torch.int64, device=q.device))
+    state.of("miras", state=shape, frozen=shape, count=(b,))
+    return Memory(state["state"], state["frozen"], state["count"])
+
+
+def _decay(*shape: int, **kwargs: Any) -> Tensor:
+    return F.logsigmoid(torch.randn(*shape, **kwargs) + 2)
+
+
+def _rate(*shape: int, **kwargs: Any) -> Tensor:
+    return 0.2 * torch.rand(*shape, **kwargs)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Miras(Operator):
+    """A matrix memory trained online."""
+
+    spec: ClassVar[OperatorSpec] = OperatorSpec(
+        id="miras",
+        title="Miras: Moneta, Yaad, Memora",
+        paper="arXiv:2504.13173",
+        source="abstract",
+        summary="A recurrent memory trained on each token to map its key to its value; the loss and what is retained define "
+        "the model: linear attention, the delta rule, Moneta, Yaad and Memora are settings.",
+        shown="With a tenth of the stored values corrupted, the Huber memory recalls the others better than the squared loss, "
+        "and that better than sums.",
+        honest="Chunks are sequential, and the chunk size is part of the function: a model must be decoded with the one it was "
+        "trained with.",
+        trials=(
+            {"chunk_size": 4},
+            {"loss": "lp", "retention": "norm", "chunk_size": 4},
+            {"loss": "l2", "retention": "softmax", "chunk_size": 5},
+            {"loss": "l2", "retain_first": True, "chunk_size": 1},
+        ),
+        causal="only",
+        cross=False,
+        scale=None,
+        reference=reference,
+        fast=fast,
+        initial=initial,
+        step=step,
+        extras={
+            "log_decay": Extra(
+                axes="bhn|bhne",
+                sample=_decay,
+                high=0.0,
+                extremes=(0.0, -20.0, -1e4),
+                doc="natural log of the share of the memory kept at each step, per row of it, at most 0",
+            ),
+            "eta": Extra(
+                axes="bhn|bhne",
+                sample=_rate,
+                low=0.0,
+                extremes=(0.0,),
+                doc="step size of the online gradient step, per row of the memory, at least 0",
+            ),
+            "delta": Extra(
+                axes="bhn",
+                sample=torch.rand,
+                low=0.0,
+                required=False,
+                extremes=(0.0, 1e4),
+                doc="error beyond which the Huber loss is linear, at least 0; without it 1",
+            ),
+        },
+    )
+    loss: Literal["dot", "l2", "lp", "huber"] = param(
+        "huber", "what the memory is trained on: a product, squared, p-norm or Huber error"
+    )
+    retention: Literal["decay", "norm", "softmax"] = param(
+        "decay", "what is kept: a decayed sum, one divided by its q-norm, or rows on the simplex"
+    )
+    loss_power: float = param(3.0, "p of the p-norm loss", low=1.0)
+    norm_power: float = param(4.0, "q of the norm retention; 2 keeps the matrix as it is", low=2.0)
+    half: bool = param(False, "squared loss as |e|^2 / 2")
+    huber: Literal["vector", "element"] = param(
+        "vector", "direction of the Huber gradient beyond delta: e / |e| or sign(e)"
+    )
+    retain_first: bool = param(False, "take the gradient at the decayed memory, as the gated delta rule does")
+    normalise: bool = param(True, "divide q and k by their lengths")
+    chunk_size: int = param(
+        16, "tokens between renewals of the memory that gradients are taken at; part of the function", low=1
+    )
