@@ -117,8 +117,8 @@ class KVCrush(Policy):
         paper="arXiv:2503.00022",
         source="code",
         summary="Gives part of a host policy's budget to representatives of what it evicts, by which heads attend to a token.",
-        shown="at tight budgets closer to the full model than its host alone, or than random representatives",
-        honest="a small gain at best, and one set of tokens for all heads of a layer by default",
+        shown="representatives chosen by signature are closer to the full model than random ones in the same places",
+        honest="what they take from the host's own choice they need not give back; all heads of a layer share a set by default",
         limits=(Limit("full", {"budget": 1.0}, "budget >= length: exact attention"),),
         trials=(
             {},
