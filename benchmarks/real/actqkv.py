@@ -20,7 +20,7 @@ PROBES = ("activation", "mean", "last", "random")
 
 @torch.no_grad()
 def fetched(model, case: Hidden, *, window: int, block: int, sinks: int, local: int, most: list[int]) -> dict:
-    """{(probe, n): share of the layers whose best n blocks hold one of the needle's}, for the window that ends in the question."""
+    """{(probe, n): share of the layers whose best n blocks hold one of the needle's}, for the window that ends the prompt."""
     ids = torch.cat((case.haystack, case.question), 1).to(model.device)
     start = (ids.shape[1] - 1) // window * window
     needle = set(range(case.begin // block, (case.end - 1) // block + 1))
