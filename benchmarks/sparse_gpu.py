@@ -1,6 +1,6 @@
 """Sparse reads on one GPU: choosing and reading a sixteenth of the keys, against reading all of them.
 
-    python benchmarks/sparse_gpu.py --out benchmarks/results/sparse_gpu.json [--quick] [--skip-model]
+    python benchmarks/sparse_gpu.py --out benchmarks/results/sparse_gpu.json [--quick] [--skip-model] [--skip-attention]
 
 Checks first (a captured step against the same choice in plain torch; tokens of a captured model against plain decoding), then
 times. The attention part is a whole step of one layer as a CUDA graph: the new token is stored, its page described, all pages
@@ -115,11 +115,11 @@ def check(name: str, b: int, h: int, g: int, m: int, d: int) -> float:
     said: list[Any] = []
     twin.watch = said.append
     plain = twin.attend(q, k, v, Step(torch.full((b, 1), m, device=DEVICE, dtype=torch.int32), d**-0.5))
-    mask = torch.zeros(b, said[-1].slot.shape[1], m + 1, dtype=torch.bool, device=DEVICE)
+    mask = torch.zeros(b, said[-1].slot.shape[1], m + 2, dtype=torch.bool, device=DEVICE)
     slot = said[-1].slot[:, :, 0]
-    mask.scatter_(-1, slot.clamp(min=0), True)
+    mask.scatter_(-1, slot.masked_fill(slot < 0, m + 1), True)
     keys, values = (x[:, :, : m + 1].double() for x in (twin.keys, twin.values))
-    want = attend(q.double(), keys, values, mask=mask.unsqueeze(2), scale=d**-0.5).out
+    want = attend(q.double(), keys, values, mask=mask[..., None, : m + 1], scale=d**-0.5).out
     error = float((got.double() - want).norm() / want.norm())
     assert error < 1e-2, (name, error, float((plain.double() - want).norm() / want.norm()))
     read = int((slot >= 0).sum(-1).max())
@@ -144,7 +144,8 @@ def attention_part(b: int, h: int, g: int, m: int, d: int, rate: float) -> list[
     full = rows[-1]["ms"]
     k, v = dense.buffers()
     length = torch.tensor([m], dtype=torch.int32, device=DEVICE)
-    note("decode_attention alone", timed(partial(decode_attention, q, k, v, length=length, scale=d**-0.5)), kv)
+    graph, _ = captured(partial(decode_attention, q, k, v, length=length, scale=d**-0.5))
+    note("  decode_attention alone", timed(graph.replay), kv)
     packed, kk, vv = q.reshape(b, g, h // g, d), k[:, :, :m], v[:, :, :m]
     for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
         try:
@@ -187,11 +188,14 @@ def pieces(
     worth = page_scores(q, bounds, position, block=16)
     index = select(worth, position, count, block=16)
     kv = 2 * b * g * m * d * 2
-    score = partial(page_scores, q, bounds, position, block=16)
-    note("  page scores", timed(score), kv / 16)
-    note("  select", timed(partial(select, worth, position, count, block=16)), worth.numel() * 4)
     read = partial(gather_attention, q, memory.keys, memory.values, index, position, block=16, scale=d**-0.5)
-    note("  gather attention", timed(read), kv / 16)
+    for name, run, moved in (
+        ("page scores", partial(page_scores, q, bounds, position, block=16), kv / 16),
+        ("select", partial(select, worth, position, count, block=16), worth.numel() * 4),
+        ("gather attention", read, kv / 16),
+    ):  # fmt: skip
+        graph, _ = captured(run)
+        note(f"  {name}", timed(graph.replay), moved)
 
 
 def model_part(layers: int, shapes: list[tuple[int, int]], new: int) -> list[dict]:
@@ -242,6 +246,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--skip-model", action="store_true")
+    parser.add_argument("--skip-attention", action="store_true")
     parser.add_argument("--layers", type=int, default=8)
     a = parser.parse_args()
     with torch.no_grad():
@@ -255,7 +260,7 @@ def main() -> None:
         rate = copy_rate()
         print(f"copy {rate / 1e12:.2f} TB/s", flush=True)
         shapes = [(2, 32, 8, 8192, 128)] if a.quick else [(16, 32, 8, 32768, 128), (1, 32, 8, 131072, 128)]
-        rows = [row for shape in shapes for row in attention_part(*shape, rate)]
+        rows = [] if a.skip_attention else [row for shape in shapes for row in attention_part(*shape, rate)]
         result = environment(seed=0) | {"copy_rate": rate, "checks": checks, "attention": rows, "model": []}
         write_json(a.out, result)
         models = [] if a.skip_model else model_part(a.layers, [(1, 4096)] if a.quick else [(1, 32768), (8, 32768)], 32)

@@ -75,9 +75,15 @@ def test_gather_attention_reads_what_is_listed(shape: tuple[int, ...], heads: st
 @direct
 @pytest.mark.parametrize("shape", [(2, 2, 37, 1, 9), (3, 1, 70, 4, 40), (1, 1, 32, 1, 32), (2, 1, 20, 3, 1)], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "ties", "extremes"])
-def test_select_is_the_exact_top_k(shape: tuple[int, ...], kind: str) -> None:
+@pytest.mark.parametrize("part", [4096, 32])
+def test_select_is_the_exact_top_k(
+    shape: tuple[int, ...], kind: str, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one program, and counted in parts."""
+    from qkv.kernels import gather
     from qkv.kernels.gather import select
 
+    monkeypatch.setattr(gather, "PART", part)
     b, a, p, c, count = shape
     worth = rand(b, a, 1, p)
     if kind == "ties":

@@ -24,6 +24,8 @@ from torch import Tensor
 from qkv.core.errors import InvalidInput
 from qkv.kernels.decode import LOG2E, _merge
 
+PART = 4096  # pages that one program chooses from; longer rows are counted in parts, digit by digit
+
 
 @triton.jit
 def _gather(
@@ -237,68 +239,122 @@ def _keys_of(worth_ptr, row, j, live, C, sinks, first_recent):
 
 
 @triton.jit
-def _select(
-    worth_ptr, position_ptr, keep_ptr, index_ptr, A, P, K, C, sinks, recent,
-    HAS_KEEP: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """The choice of one (row, choosing head): own page first, then ascending, then -1."""
-    pair = tl.program_id(0)
-    b = pair // A
+def _counts(digits, mine, CHUNK: tl.constexpr):
+    """How often each of 256 digits occurs among the CHUNK that are `mine`; the others are counted as 0 and taken off again."""
+    others = CHUNK - tl.sum(mine.to(tl.int32), 0)
+    counts = tl.histogram(tl.where(mine, digits, 0), 256)
+    return counts - tl.where(tl.arange(0, 256) == 0, others, 0)
+
+
+@triton.jit
+def _digit(counts, left):
+    """Of counts [256]: the bin that holds the left-th largest, and how many are still wanted within it."""
+    bins = tl.arange(0, 256)
+    above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
+    hit = (above < left) & (above + counts >= left)
+    return tl.sum(tl.where(hit, bins, 0), 0), left - tl.sum(tl.where(hit, above, 0), 0)
+
+
+@triton.jit
+def _wanted(position_ptr, keep_ptr, b, K, C, recent, HAS_KEEP: tl.constexpr):
+    """For a row: its own page, pages to look at, pages to keep, older pages wanted, and the first page of the recent ones."""
     newest = tl.load(position_ptr + b)
-    own = newest // C
     keep = K
     if HAS_KEEP:
         keep = tl.minimum(K, tl.load(keep_ptr + b))
-    if newest < 0:
-        keep = 0
-        own = 0
+    keep = tl.where(newest < 0, 0, keep)
+    own = tl.maximum(newest, 0) // C
     want = tl.maximum(0, tl.minimum(keep - 1, own))
-    many = own
-    if want == 0:
-        many = 0
-    first_recent = own
-    if recent > 0:
-        first_recent = tl.maximum(0, (newest + 1 - recent) // C)
-    row = pair.to(tl.int64) * P
-    prefix = tl.zeros((1,), tl.uint32)
-    fixed = tl.zeros((1,), tl.uint32)
-    left = want
-    bins = tl.arange(0, 512)
+    first_recent = tl.where(recent > 0, tl.maximum(0, (newest + 1 - recent) // C), own)
+    return own, tl.where(want > 0, own, 0), keep, want, first_recent
+
+
+@triton.jit
+def _select_short(
+    worth_ptr, position_ptr, keep_ptr, index_ptr, A, P, K, C, sinks, recent, HAS_KEEP: tl.constexpr, CHUNK: tl.constexpr
+):
+    """The choice of one (row, choosing head) of at most CHUNK pages: own page first, then ascending, then -1."""
+    pair = tl.program_id(0)
+    own, many, keep, want, first_recent = _wanted(position_ptr, keep_ptr, pair // A, K, C, recent, HAS_KEEP)
+    j = tl.arange(0, CHUNK)
+    live = j < many
+    key = _keys_of(worth_ptr, pair.to(tl.int64) * P, j, live, C, sinks, first_recent)
+    more, same, left = live & (j < 0), live, want
     for stage in tl.static_range(4):
-        counts = tl.zeros((512,), tl.int32)
-        for start in range(0, many, CHUNK):
-            j = start + tl.arange(0, CHUNK)
-            live = j < many
-            key = _keys_of(worth_ptr, row, j, live, C, sinks, first_recent)
-            mine = live & ((key & fixed) == prefix)
-            counts += tl.histogram(tl.where(mine, ((key >> (24 - 8 * stage)) & 255).to(tl.int32), 256), 512)
-        counts = tl.where(bins < 256, counts, 0)
-        above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
-        hit = (above < left) & (above + counts >= left)
-        digit = tl.sum(tl.where(hit, bins, 0), 0)
-        left -= tl.sum(tl.where(hit, above, 0), 0)
-        prefix = prefix | (tl.zeros((1,), tl.uint32) + (digit.to(tl.uint32) << (24 - 8 * stage)))
-        fixed = fixed | (tl.full((1,), 255, tl.uint32) << (24 - 8 * stage))
+        digits = ((key >> (24 - 8 * stage)) & 255).to(tl.int32)
+        digit, left = _digit(_counts(digits, same, CHUNK), left)
+        more = more | (same & (digits > digit))
+        same = same & (digits == digit)
+    rank = tl.cumsum(same.to(tl.int32), 0) - 1
+    take = (more | (same & (rank < left))).to(tl.int32)
     to = index_ptr + pair.to(tl.int64) * K
-    filled = 0
+    at = tl.cumsum(take, 0)
+    tl.store(to + at, j, mask=(take > 0) & (at < K))
     if keep > 0:
         tl.store(to, own)
-        filled = 1
-    ties = 0
-    for start in range(0, many, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        live = j < many
-        key = _keys_of(worth_ptr, row, j, live, C, sinks, first_recent)
-        same = (live & (key == prefix)).to(tl.int32)
-        rank = tl.cumsum(same, 0) - same + ties
-        take = ((live & (key > prefix)) | ((same > 0) & (rank < left))).to(tl.int32)
-        at = filled + tl.cumsum(take, 0) - take
-        tl.store(to + at, j, mask=(take > 0) & (at < K))
-        filled += tl.sum(take, 0)
-        ties += tl.sum(same, 0)
+    filled = tl.where(keep > 0, want + 1, 0)
     for start in range(0, K, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        tl.store(to + j, -1, mask=(j >= filled) & (j < K))
+        tl.store(to + start + j, -1, mask=(start + j >= filled) & (start + j < K))
+
+
+@triton.jit
+def _select_count(
+    worth_ptr, position_ptr, keep_ptr, counts_ptr, A, P, K, C, N, sinks, recent,
+    STAGE: tl.constexpr, HAS_KEEP: tl.constexpr, CHUNK: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """How often each digit of a stage occurs in a part of CHUNK pages, among those that agree with the digits found before."""
+    pair, part = tl.program_id(0), tl.program_id(1)
+    _, many, _, want, first_recent = _wanted(position_ptr, keep_ptr, pair // A, K, C, recent, HAS_KEEP)
+    bins, parts = tl.arange(0, 256), tl.arange(0, NP)
+    base = counts_ptr + pair.to(tl.int64) * (4 * N * 256)
+    j = part * CHUNK + tl.arange(0, CHUNK)
+    same = j < many
+    key = _keys_of(worth_ptr, pair.to(tl.int64) * P, j, same, C, sinks, first_recent)
+    left = want
+    for stage in tl.static_range(STAGE):
+        at = base + (stage * N + parts)[:, None] * 256 + bins[None, :]
+        digit, left = _digit(tl.sum(tl.load(at, mask=(parts < N)[:, None], other=0), 0), left)
+        same = same & (((key >> (24 - 8 * stage)) & 255).to(tl.int32) == digit)
+    digits = ((key >> (24 - 8 * STAGE)) & 255).to(tl.int32)
+    tl.store(base + (STAGE * N + part) * 256 + bins, _counts(digits, same, CHUNK))
+
+
+@triton.jit
+def _select_emit(
+    worth_ptr, position_ptr, keep_ptr, counts_ptr, index_ptr, A, P, K, C, N, sinks, recent,
+    HAS_KEEP: tl.constexpr, CHUNK: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """Write what a part of CHUNK pages gives to the choice, behind what the parts before it give."""
+    pair, part = tl.program_id(0), tl.program_id(1)
+    own, many, keep, want, first_recent = _wanted(position_ptr, keep_ptr, pair // A, K, C, recent, HAS_KEEP)
+    bins, parts = tl.arange(0, 256), tl.arange(0, NP)
+    base = counts_ptr + pair.to(tl.int64) * (4 * N * 256)
+    j = part * CHUNK + tl.arange(0, CHUNK)
+    same = j < many
+    key = _keys_of(worth_ptr, pair.to(tl.int64) * P, j, same, C, sinks, first_recent)
+    more, left, before, tied = same & (j < 0), want, 0, 0
+    for stage in tl.static_range(4):
+        at = base + (stage * N + parts)[:, None] * 256 + bins[None, :]
+        counts = tl.load(at, mask=(parts < N)[:, None], other=0)
+        digit, left = _digit(tl.sum(counts, 0), left)
+        earlier = (parts < part)[:, None]
+        before += tl.sum(tl.sum(tl.where(earlier & (bins > digit)[None, :], counts, 0), 1), 0)
+        tied = tl.sum(tl.sum(tl.where(earlier & (bins == digit)[None, :], counts, 0), 1), 0)
+        digits = ((key >> (24 - 8 * stage)) & 255).to(tl.int32)
+        more = more | (same & (digits > digit))
+        same = same & (digits == digit)
+    rank = tied + tl.cumsum(same.to(tl.int32), 0) - 1
+    take = (more | (same & (rank < left))).to(tl.int32)
+    to = index_ptr + pair.to(tl.int64) * K
+    at = before + tl.minimum(tied, left) + tl.cumsum(take, 0)
+    tl.store(to + at, j, mask=(take > 0) & (at < K))
+    if part == 0:
+        if keep > 0:
+            tl.store(to, own)
+    filled = tl.where(keep > 0, want + 1, 0)
+    for start in range(part * CHUNK, K, N * CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        tl.store(to + i, -1, mask=(i >= filled) & (i < K))
 
 
 def _rows(q: Tensor, who: str) -> None:
@@ -336,7 +392,9 @@ def token_label(
     )  # fmt: skip
 
 
-def page_scores(q: Tensor, bounds: Tensor, position: Tensor, *, block: int, per_head: bool = False) -> Tensor:
+def page_scores(
+    q: Tensor, bounds: Tensor, position: Tensor, *, block: int, per_head: bool = False, tile: int = 64, warps: int = 4
+) -> Tensor:
     """Upper bounds of every logit in the pages before the own one: float32 ``[B, G, 1, P]``, or ``[B, H, 1, P]``.
 
     q: ``[B, H, 1, D]``; bounds: ``[B, G, P, 2 D]``, largest then smallest channels; position: int32 ``[B]`` slot of the query's
@@ -348,12 +406,11 @@ def page_scores(q: Tensor, bounds: Tensor, position: Tensor, *, block: int, per_
     if bounds.shape[3] != 2 * d or bounds.stride(3) != 1 or h % g:
         raise InvalidInput(f"page_scores: bounds {tuple(bounds.shape)} do not fit q {tuple(q.shape)}")
     worth = torch.empty(b, h if per_head else g, 1, p, dtype=torch.float32, device=q.device)
-    block_pages = 64
-    _page_scores[(b * g, triton.cdiv(p, block_pages))](
+    _page_scores[(b * g, triton.cdiv(p, tile))](
         q, bounds, position, worth, g, h // g, p, block, d,
         q.stride(0), q.stride(1), bounds.stride(0), bounds.stride(1), bounds.stride(2),
-        PER_HEAD=per_head, ROWS=max(16, triton.next_power_of_2(h // g)), BLOCK=block_pages,
-        DP=max(16, triton.next_power_of_2(d)), num_warps=4,
+        PER_HEAD=per_head, ROWS=max(16, triton.next_power_of_2(h // g)), BLOCK=tile,
+        DP=max(16, triton.next_power_of_2(d)), num_warps=warps,
     )  # fmt: skip
     return worth
 
@@ -415,11 +472,24 @@ def select(
     """
     b, a, _, p = worth.shape
     index = torch.empty(b, a, 1, count, dtype=torch.int32, device=worth.device)
-    chunk = min(4096, triton.next_power_of_2(p))
-    _select[(b * a,)](
-        worth.contiguous(), position, position if keep is None else keep, index, a, p, count, block, sinks, recent,
-        HAS_KEEP=keep is not None, CHUNK=chunk, num_warps=8 if chunk > 1024 else 4,
-    )  # fmt: skip
+    worth, rows = worth.contiguous(), position if keep is None else keep
+    chunk = max(32, min(PART, triton.next_power_of_2(p)))
+    if p <= chunk:
+        _select_short[(b * a,)](
+            worth, position, rows, index, a, p, count, block, sinks, recent,
+            HAS_KEEP=keep is not None, CHUNK=chunk, num_warps=8 if chunk > 1024 else 4,
+        )  # fmt: skip
+        return index
+    while triton.cdiv(p, chunk) > 32:
+        chunk *= 2
+    parts = triton.cdiv(p, chunk)
+    counts = torch.empty(b * a, 4, parts, 256, dtype=torch.int32, device=worth.device)
+    more = {"HAS_KEEP": keep is not None, "CHUNK": chunk, "NP": triton.next_power_of_2(parts), "num_warps": 8}
+    for stage in range(4):
+        _select_count[(b * a, parts)](
+            worth, position, rows, counts, a, p, count, block, parts, sinks, recent, STAGE=stage, **more
+        )
+    _select_emit[(b * a, parts)](worth, position, rows, counts, index, a, p, count, block, parts, sinks, recent, **more)
     return index
 
 
@@ -433,6 +503,7 @@ def gather_attention(
     block: int = 1,
     scale: float,
     splits: int | None = None,
+    tile: int = 64,
     warps: int = 4,
     stages: int = 3,
 ) -> tuple[Tensor, Tensor]:
@@ -460,7 +531,7 @@ def gather_attention(
             f"gather_attention: expected index int32 [{b}, {g} or {h}, 1, K]; got {index.dtype} {tuple(index.shape)}"
         )
     r, index = h // a, index.contiguous()
-    tile = 64 if count * block >= 64 else max(16, triton.next_power_of_2(count * block))
+    tile = max(16, min(tile, triton.next_power_of_2(count * block)))
     if splits is None:
         units = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
         splits = max(1, min(128, triton.cdiv(4 * units, b * a), triton.cdiv(count * block, tile)))
