@@ -23,7 +23,7 @@ from qkv.core.errors import InvalidParameter
 from qkv.core.operator import Operator, OperatorSpec
 from qkv.core.spec import Extra, Limit, param
 from qkv.core.state import State
-from qkv.ops._common.decayed import decayed_linear_attention
+from qkv.ops._common.decayed import decayed_linear_attention, one_token
 
 
 def reference(
@@ -67,7 +67,7 @@ def loop(
 
 def fast(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, log_decay: Tensor, padding: Tensor | None = None,
-    initial_state: State | None = None, return_state: bool = False, chunk_size: int = 64, sub_chunk: int = 16,
+    initial_state: State | None = None, return_state: bool = False, chunk_size: int = 64, sub_chunk: int = 8,
 ) -> Any:  # fmt: skip
     """The same map in O(N C): chunks of matmuls, one state carried between them; shapes as in `reference`."""
     start = None if initial_state is None else _state_tensor(q, k, v, initial_state)
@@ -75,6 +75,18 @@ def fast(
         q, k, v, log_decay=log_decay, scale=scale, state=start, padding=padding, chunk_size=chunk_size,
         sub_chunk=sub_chunk,
     )  # fmt: skip
+    return (out, _state(state, initial_state, q.shape[2])) if return_state else out
+
+
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, log_decay: Tensor, padding: Tensor | None = None,
+    initial_state: State | None = None, return_state: bool = False, chunk_size: int = 64, sub_chunk: int = 8,
+) -> Any:  # fmt: skip
+    """The same map in a Triton kernel, which has its own tiles: chunk_size and sub_chunk shape `fast` alone."""
+    start = None if initial_state is None else _state_tensor(q, k, v, initial_state)
+    out, state, _ = decayed_linear_attention(
+        q, k, v, log_decay=log_decay, scale=scale, state=start, padding=padding, form="triton"
+    )
     return (out, _state(state, initial_state, q.shape[2])) if return_state else out
 
 
@@ -89,7 +101,7 @@ def step(
     """One token: q ``[B, H, 1, D]``, k ``[B, G, 1, D]``, v ``[B, G, 1, E]`` -> out ``[B, H, 1, E]``, new state."""
     out, new, _ = decayed_linear_attention(
         q, k, v, log_decay=log_decay, scale=scale, state=_state_tensor(q, k, v, state), padding=padding,
-        form="recurrent",
+        form=one_token(q),
     )  # fmt: skip
     return out, _state(new, state, 1)
 
@@ -151,6 +163,7 @@ class GatedLinearAttention(Operator):
         loop=loop,
         initial=initial,
         step=step,
+        kernel="qkv.ops.gla:fused",
         extras={
             "log_decay": Extra(
                 axes="h|bhn|bhnd",
@@ -162,7 +175,7 @@ class GatedLinearAttention(Operator):
         },
     )
     chunk_size: int = param(64, "tokens per chunk: matmuls inside, one state between", low=1)
-    sub_chunk: int = param(16, "tokens per diagonal block inside a chunk; divides chunk_size", low=1)
+    sub_chunk: int = param(8, "tokens per diagonal block inside a chunk; divides chunk_size", low=1)
 
     def validate(self) -> None:
         """chunk_size is a multiple of sub_chunk."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from qkv.core.operator import Operator, OperatorSpec
 from qkv.core.spec import param
 from qkv.core.state import State
-from qkv.ops._common.decayed import decayed_linear_attention
+from qkv.ops._common.decayed import decayed_linear_attention, one_token
 
 
 def reference(
@@ -62,6 +62,16 @@ def fast(
     return (out, _state(state, initial_state, q.shape[2])) if return_state else out
 
 
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, padding: Tensor | None = None,
+    initial_state: State | None = None, return_state: bool = False, chunk_size: int = 64,
+) -> Any:  # fmt: skip
+    """The same map in a Triton kernel, which has its own tiles: chunk_size shapes `fast` alone."""
+    start = None if initial_state is None else _tensor(q, v, initial_state)
+    out, state, _ = decayed_linear_attention(q, k, v, scale=scale, state=start, padding=padding, form="triton")
+    return (out, _state(state, initial_state, q.shape[2])) if return_state else out
+
+
 def initial(q: Tensor, k: Tensor, v: Tensor) -> State:
     """The empty state, ``[B, H, D, E]`` zeros in float32 (float64 for float64 inputs)."""
     return _state(_tensor(q, v, None), None, 0)
@@ -72,7 +82,7 @@ def step(
 ) -> tuple[Tensor, State]:
     """One token: q ``[B, H, 1, D]``, k ``[B, G, 1, D]``, v ``[B, G, 1, E]`` -> out ``[B, H, 1, E]``, new state."""
     out, new, _ = decayed_linear_attention(
-        q, k, v, scale=scale, state=_tensor(q, v, state), padding=padding, form="recurrent"
+        q, k, v, scale=scale, state=_tensor(q, v, state), padding=padding, form=one_token(q)
     )
     return out, _state(new, state, 1)
 
@@ -109,5 +119,6 @@ class Linear(Operator):
         loop=loop,
         initial=initial,
         step=step,
+        kernel="qkv.ops.linear:fused",
     )
     chunk_size: int = param(64, "tokens per chunk: matmuls inside, one state between", low=1)

@@ -7,9 +7,10 @@ with an optional normaliser, z_t = exp(g_t) z_{t-1} + k_t and o_t <- S_t^T q_t /
 of a step acts on the old state only. g <= 0 is needed: then every exponent below is <= 0 and nothing
 overflows, however strong the decay.
 
-Three forms of one map: `recurrent` (a loop over tokens), `quadratic` (the whole map), `chunked` (matmuls
-inside chunks, one state carried between them; sub-chunks keep a decay per channel stable: only the diagonal
-blocks need the explicit sum over channels, all others factor through the first row of the query's block).
+Forms of one map: `recurrent` (a loop over tokens), `quadratic` (the whole map), `chunked` (matmuls inside chunks, one
+state carried between them; a decay per channel stays stable by halves: what the later half of a block reads from the
+earlier one factors through the later half's first row, and only small diagonal blocks need the explicit sum over
+channels), `triton` (the same in a kernel).
 
 Axes: B batch, H heads, N tokens, C chunk, K sub-chunk, D key width, E value width.
 """
@@ -23,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.core.errors import InvalidInput, UnknownName
+from qkv.core.kernel import kernel
 from qkv.core.spec import near
 
-FORMS = ("chunked", "recurrent", "quadratic")
+FORMS = ("chunked", "recurrent", "quadratic", "triton")
 
 
 class Decayed(NamedTuple):
@@ -48,22 +50,26 @@ def decayed_linear_attention(
     state: Tensor | None = None,
     keys: Tensor | None = None,
     padding: Tensor | None = None,
-    form: Literal["chunked", "recurrent", "quadratic"] = "chunked",
+    form: Literal["chunked", "recurrent", "quadratic", "triton"] = "chunked",
     chunk_size: int = 64,
-    sub_chunk: int = 16,
+    sub_chunk: int = 8,
 ) -> Decayed:
     """Causal linear attention with decay.
 
     q: ``[B, H, N, D]``; k: ``[B, G, N, D]``; v: ``[B, G, N, E]``. log_decay: None, ``[H]``, ``[B, H, N]`` or
     ``[B, H, N, D]``, natural logs <= 0. normalise: divide by ``z . q + eps`` (rows where that is 0 give 0;
     `scale` then cancels). state, keys: S and z to start from. padding: ``[B, N]`` bool, True = real; padded
-    tokens leave the state as it is. chunk_size, sub_chunk: tokens; sub_chunk divides chunk_size. Sums run in
-    float32 (float64 for float64 inputs). Raises `InvalidInput`, `UnknownName`.
+    tokens leave the state as it is. chunk_size, sub_chunk: tokens; sub_chunk divides chunk_size; they shape the chunked
+    form only. form: "triton" is the kernel (CUDA; bfloat16, float16 or float32; differentiable once), the others are torch,
+    on any device. Sums run in float32 (float64 for float64 inputs). Raises `InvalidInput`, `UnknownName`; for "triton" also
+    `Refused` and `MissingDependency`, with the reason.
     """
     if form not in FORMS:
         raise UnknownName(f"decayed linear attention has no form {form!r}{near(form, FORMS)}")
     if chunk_size < 1 or sub_chunk < 1 or chunk_size % sub_chunk:
         raise InvalidInput(f"chunk_size={chunk_size} must be a multiple of sub_chunk={sub_chunk}, both at least 1")
+    if form == "triton":
+        return _fused(q, k, v, log_decay, scale, normalise, eps, state, keys, padding)
     b, h, n, d = q.shape
     wide, dtype = torch.promote_types(q.dtype, torch.float32), q.dtype
     k, v = (x.repeat_interleave(h // x.shape[1], 1) if x.shape[1] != h else x for x in (k, v))
@@ -81,10 +87,40 @@ def decayed_linear_attention(
     )
     if not normalise:
         return Decayed(out.to(dtype), s, None)
-    total = out[..., -1:] + eps
-    some = total != 0
-    out = torch.where(some, out[..., :-1] / torch.where(some, total, 1.0), 0.0)
+    out = _divided(out[..., :-1], out[..., -1:] + eps)
     return Decayed(out.to(dtype), s[..., :-1], s[..., -1])
+
+
+def _divided(out: Tensor, total: Tensor) -> Tensor:
+    """The quotient, and 0 where the total is 0."""
+    some = total != 0
+    return torch.where(some, out / torch.where(some, total, 1.0), 0.0)
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, normalise: bool, eps: float,
+    state: Tensor | None, keys: Tensor | None, padding: Tensor | None,
+) -> Decayed:  # fmt: skip
+    """The Triton form; the normaliser is the same map of values that are all 1."""
+    run = kernel("decayed:decayed")
+    b, h, n, d = q.shape
+    decay = _decay(log_decay, b, h, n, d) if log_decay is not None else None
+    if padding is not None:
+        real = padding[:, None, :, None]
+        k = k.masked_fill(~real, 0.0)
+        decay = None if decay is None else decay.masked_fill(~real, 0.0)
+    if state is not None or keys is not None:
+        _start(state, keys, normalise, (b, h, d, v.shape[-1] + normalise), q)
+    out, s = run(q, k, v, decay, state, scale=scale)
+    if not normalise:
+        return Decayed(out, s, None)
+    total, z = run(q, k, torch.ones_like(v[..., :1]), decay, None if keys is None else keys.unsqueeze(-1), scale=scale)
+    return Decayed(_divided(out, total + eps), s, z.squeeze(-1))
+
+
+def one_token(q: Tensor) -> Literal["triton", "recurrent"]:
+    """The form that decodes one token: the fused step on CUDA, torch elsewhere and in float64."""
+    return "triton" if q.is_cuda and q.dtype != torch.float64 else "recurrent"
 
 
 def _decay(log_decay: Tensor, b: int, h: int, n: int, d: int) -> Tensor:
@@ -143,56 +179,97 @@ def _chunked(
         chunk_size = -(-n // sub_chunk) * sub_chunk
     q, k, v = (_split(x, chunk_size) for x in (q, k, v))  # [B, H, chunks, C, .]
     if decay is None:
-        total = None
-        within = (q @ k.mT).tril()
+        out, after = _Within.apply(q, k, v, None), None
         q_in, k_out = q, k
     else:
         total = _split(decay, chunk_size).cumsum(-2)  # G, starting anew in each chunk; [B, H, chunks, C, 1 | D]
         last = total[..., -1:, :]
         if total.shape[-1] == 1:
-            within = (q @ k.mT) * _lower(total - total.mT)
+            out = _Within.apply(q, k, v, total)
         else:
-            within = _blocks(q, k, total, sub_chunk)
+            out = _map(q, k, total, sub_chunk) @ v
+        after = last.mT.exp()  # what is left of the state after a chunk, [B, H, chunks, 1 | D, 1]
         q_in, k_out = q * total.exp(), k * (last - total).exp()
-    added = k_out.mT @ v  # [B, H, chunks, D, E]
-    before = []
-    for c in range(q.shape[2]):
-        before.append(s)
-        if total is not None:
-            s = s * total[:, :, c, -1].exp().unsqueeze(-1)
-        s = s + added[:, :, c]
-    out = within @ v + q_in @ torch.stack(before, 2)
+    before, s = _scan(k_out.mT @ v, after, s)
+    out = out + q_in @ before
     return out.flatten(2, 3)[:, :, :n], s
+
+
+def _scan(added: Tensor, after: Tensor | None, s: Tensor) -> tuple[Tensor, Tensor]:
+    """States before each chunk ``[B, H, chunks, D, E]`` and after the last, from what the chunks add and leave."""
+    before = []
+    rates = [None] * added.shape[2] if after is None else after.unbind(2)
+    for new, rate in zip(added.unbind(2), rates, strict=True):  # unbind: the gradients of all chunks are one stack
+        before.append(s)
+        s = new + s if rate is None else torch.addcmul(new, s, rate)
+    return torch.stack(before, 2), s
 
 
 def _split(x: Tensor, chunk: int) -> Tensor:
     """``[B, H, N, .]`` -> ``[B, H, chunks, C, .]``, with zeros at the end: empty tokens that do not decay."""
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % chunk))
+    if x.shape[2] % chunk:
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % chunk))
     return x.unflatten(2, (-1, chunk))
 
 
-def _lower(exponent: Tensor) -> Tensor:
-    """Exponential on and below the diagonal, 0 above it; nothing above it is ever exponentiated."""
-    n = exponent.shape[-1]
-    below = torch.ones(n, n, dtype=torch.bool, device=exponent.device).tril()
-    return exponent.masked_fill(~below, -torch.inf).exp()
+class _Within(torch.autograd.Function):
+    """What the tokens of a chunk read from one another, one decay per token: ``((q k^T) L) v``, L_ij = exp(G_i - G_j), j <= i.
+
+    Keeps L and the map for the backward pass, and never makes the gradient of L: with dq and dk those of the product alone,
+    dG = sum_d (q dq - k dk).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
+        """q, k ``[..., C, D]``, v ``[..., C, E]``, G ``[..., C, 1]`` or None (no decay) -> ``[..., C, E]``."""
+        fade = None if g is None else _fade(g)
+        weights = _faded(q @ k.mT, fade)
+        ctx.save_for_backward(q, k, v, g, fade, weights)
+        return weights @ v
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # type: ignore[override]
+        """Gradients of q, k, v, G; made of torch operations, so it can be differentiated again."""
+        q, k, v, g, fade, weights = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: what was kept has lost its history
+            fade = None if g is None else _fade(g)
+            weights = _faded(q @ k.mT, fade)
+        inner, dv = _faded(grad @ v.mT, fade), weights.mT @ grad
+        if g is None:
+            return inner @ k, inner.mT @ q, dv, None
+        own, inner = inner.diagonal(dim1=-2, dim2=-1).unsqueeze(-1), inner.tril(-1)
+        dq, dk = inner @ k, inner.mT @ q  # without a token's own share, which cancels in dG
+        return dq + own * k, dk + own * q, dv, (q * dq - k * dk).sum(-1, keepdim=True)
 
 
-def _blocks(q: Tensor, k: Tensor, total: Tensor, size: int) -> Tensor:
-    """sum_d q_id k_jd exp(G_id - G_jd) for j <= i inside each chunk; q, k, G ``[..., C, D]`` -> ``[..., C, C]``."""
+def _fade(g: Tensor) -> Tensor:
+    """L ``[..., C, C]``: exponentials on and below the diagonal, 0 above it, where exponents are held at 0."""
+    return (g - g.mT).clamp(max=0.0).exp().tril()
+
+
+def _faded(scores: Tensor, fade: Tensor | None) -> Tensor:
+    return scores.tril() if fade is None else scores * fade
+
+
+def _map(q: Tensor, k: Tensor, total: Tensor, size: int) -> Tensor:
+    """sum_d q_id k_jd exp(G_id - G_jd) for j <= i; q, k, G ``[..., C, D]`` -> ``[..., C, C]``.
+
+    In halves: the later half reads the earlier one through its own first row, so that both exponents are <= 0 and the block is
+    one matmul; each half is split again, until blocks of at most `size` tokens are summed channel by channel.
+    """
     c = q.shape[-2]
-    diagonal = _Diagonal.apply(*(x.unflatten(-2, (-1, size)) for x in (q, k, total)))  # [..., blocks, K, K]
-    rows = []
-    for block, start in enumerate(range(0, c, size)):
-        stop = start + size
-        parts = [diagonal[..., block, :, :]]
-        if start:
-            first = total[..., start : start + 1, :]  # both exponents are <= 0: i >= start > j
-            later = q[..., start:stop, :] * (total[..., start:stop, :] - first).exp()
-            earlier = k[..., :start, :] * (first - total[..., :start, :]).exp()
-            parts.insert(0, later @ earlier.mT)
-        rows.append(F.pad(torch.cat(parts, -1), (0, c - stop)))
-    return torch.cat(rows, -2)
+    if c <= size:
+        return _Diagonal.apply(q, k, total)
+    if c % 2:  # one empty token more
+        q, k = (F.pad(x, (0, 0, 0, 1)) for x in (q, k))
+        return _map(q, k, torch.cat([total, total[..., -1:, :]], -2), size)[..., :c, :c]
+    q, k, total = (x.unflatten(-2, (2, c // 2)) for x in (q, k, total))
+    own = _map(q, k, total, size)  # [..., 2, C / 2, C / 2]
+    (_, q_late), (k_early, _), (early, late) = (x.unbind(-3) for x in (q, k, total))
+    first = late[..., :1, :]
+    cross = (q_late * (late - first).exp()) @ (k_early * (first - early).exp()).mT
+    top = F.pad(own[..., 0, :, :], (0, c // 2))
+    return torch.cat([top, torch.cat([cross, own[..., 1, :, :]], -1)], -2)
 
 
 class _Diagonal(torch.autograd.Function):
@@ -220,9 +297,10 @@ class _Diagonal(torch.autograd.Function):
         q, k, g = ctx.saved_tensors
         size = q.shape[-2]
         dq, dk = torch.zeros_like(q), torch.zeros_like(k)
-        for age in range(size):
+        for age in range(1, size):
             fade = (g[..., age:, :] - g[..., : size - age, :]).exp()
             fade = fade * grad.diagonal(-age, -2, -1).unsqueeze(-1)
             dq[..., age:, :] += fade * k[..., : size - age, :]
             dk[..., : size - age, :] += fade * q[..., age:, :]
-        return dq, dk, q * dq - k * dk
+        own = grad.diagonal(0, -2, -1).unsqueeze(-1)  # a token's own share cancels in dG
+        return dq + own * k, dk + own * q, q * dq - k * dk

@@ -1,0 +1,859 @@
+r"""Linear attention whose memory decays, on the GPU: forward, backward, states in and out, and one token at a time.
+
+    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,     o_t = scale S_t^T q_t,     G = cumulative sum of g inside a chunk
+
+One pass over the chunks carries the state in registers and writes the outputs; no state is stored. All five gradients are
+that same pass with other operands. With W_ij = exp(G_i - G_j), j <= i, and one decay per token,
+
+    o_i  = sum_{j <= i} (q_i . k_j)  W_ij v_j        forwards in time
+    dq_i = sum_{j <= i} (do_i . v_j) W_ij k_j        forwards, S transposed
+    dk_j = sum_{i >= j} (v_j . do_i) W_ij q_i        backwards, dS transposed
+    dv_j = sum_{i >= j} (k_j . q_i)  W_ij do_i       backwards; its last state is the gradient of the first one
+
+and dG = sum_d (q dq - k dk), dg = sum of all later dG, plus S . dS at the end. With a decay per channel, W sits on the channels
+that o and dv sum over (kernel `_scan_sum`, the map is made first by `_map`) or on the channels of dq and dk (`_scan_each`, what
+tokens of a chunk owe one another comes first from `_owed`). Inside a chunk the later half of a block reads the earlier half
+through its own first row, and so on by halves down to single tokens: every exponent is <= 0 however strong the decay, and all
+work is dot products. When there are too few heads to fill the device, the sequence is cut into segments: their states alone
+are summed first, then every segment starts from the right one.
+
+Precision: sums in float32. bfloat16 operands stay bfloat16; float16 operands (exact in tf32, whose range is that of float32)
+are multiplied as tf32, so that scores beyond 65504 do not overflow; float32 as three tf32 products (``tf32x3``), near float32.
+A computed map is never transposed: its transpose is computed from the loaded operands, since Triton 3.4 to 3.7.0 multiplies
+the transpose of a product wrongly on Hopper.
+
+Bound: bytes of q, k, v, out (and gradients), each once; FLOPs 2 N C (D + E) + 4 N D E per head and pass.
+Axes: B batch, H query heads, G key/value heads, N tokens, C chunk, D key width, E value width; K the width a pass sums over,
+Z the width it writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qkv.core.errors import InvalidInput, Refused
+
+WIDEST = 256
+CHUNK = 64
+# Launch settings: `tile` channels of the output per program, `warps`, `stages` of load pipelining; `fill`: programs wanted
+# per multiprocessor before a sequence is cut into segments. benchmarks/linear_gpu.py --tune tries others.
+LAUNCH: dict[str, dict[str, int]] = {
+    "scan": {"tile": 64, "warps": 8, "stages": 2, "fill": 1},
+    "sum": {"tile": 64, "warps": 8, "stages": 1, "fill": 1},
+    "each": {"tile": 64, "warps": 8, "stages": 2, "fill": 1},
+    "map": {"tile": 32, "warps": 8, "stages": 1},
+    "owed": {"tile": 32, "warps": 8, "stages": 1},
+    "prefix": {"tile": 64, "warps": 4, "stages": 1},
+}
+
+
+@triton.jit
+def _falling(x):
+    """exp(x), with x that rounding pushed above 0 (or that a mask will drop) held at 0."""
+    return tl.exp(tl.minimum(x, 0.0))
+
+
+@triton.jit
+def _tile(ptr, r, c, stride, rows, columns):
+    """Rows r, columns c of a matrix whose rows are `stride` apart, 0 outside; with r along the second axis, its transpose."""
+    return tl.load(ptr + r * stride + c, mask=(r < rows) & (c < columns), other=0.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "H",
+        "N",
+        "pairs",
+        "segments",
+        "per",
+        "x_r",
+        "y_r",
+        "z_r",
+        "w_r",
+        "s_pair",
+        "s_seg",
+        "s_k",
+        "s_z",
+    ]
+)
+def _scan(
+    x_ptr, y_ptr, z_ptr, g_ptr, w_ptr, start_ptr, out_ptr, weighed_ptr, end_ptr, rate_ptr,
+    scale_in, scale_out, H, N, KW, ZW, pairs, segments, per,
+    x_b, x_h, x_n, x_r, y_b, y_h, y_n, y_r, z_b, z_h, z_n, z_r, g_b, g_h, g_n, w_b, w_h, w_n, w_r,
+    s_pair, s_seg, s_k, s_z,
+    DECAY: tl.constexpr, BACK: tl.constexpr, WEIGH: tl.constexpr, ENDS: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, K: tl.constexpr, Z: tl.constexpr,
+):  # fmt: skip
+    """out_i = sum_j (x_i . y_j) W_ij z_j over j <= i (BACK: j >= i), one decay per token or none; grid (tiles, B H, segments).
+
+    Starts from one state per segment. WEIGH: also write sum_z w out per token, without the token's own share, which dq and dk
+    have in common and their difference is better off without. ENDS: only the state of each segment,
+    from zero, and what the segment leaves of an earlier state. BACK counts chunks and segments from the end.
+    """
+    tile, pair, seg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = (pair // H).to(tl.int64), pair % H
+    x_ptr += b * x_b + (h // x_r).to(tl.int64) * x_h
+    y_ptr += b * y_b + (h // y_r).to(tl.int64) * y_h
+    z_ptr += b * z_b + (h // z_r).to(tl.int64) * z_h
+    w_ptr += b * w_b + (h // w_r).to(tl.int64) * w_h
+    g_ptr += b * g_b + h.to(tl.int64) * g_h
+    out_ptr += pair.to(tl.int64) * N * ZW
+    weighed_ptr += (tile.to(tl.int64) * pairs + pair) * N
+    r, kk, zz = tl.arange(0, C), tl.arange(0, K), tile * Z + tl.arange(0, Z)
+    inside = (kk < KW)[:, None] & (zz < ZW)[None, :]
+    s = tl.zeros((K, Z), tl.float32)
+    if not ENDS:
+        at = start_ptr + pair.to(tl.int64) * s_pair + seg.to(tl.int64) * s_seg
+        s += tl.load(at + kk[:, None] * s_k + zz[None, :] * s_z, mask=inside, other=0.0)
+    if BACK:
+        seen = r[:, None] <= r[None, :]
+    else:
+        seen = r[:, None] >= r[None, :]
+    left = 0.0
+    chunks = tl.cdiv(N, C)
+    for step in range(seg * per, tl.minimum(seg * per + per, chunks)):
+        c = step
+        if BACK:
+            c = chunks - 1 - step
+        low = (c * C).to(tl.int64)
+        rows = (N - c * C).to(tl.int32)
+        yt = _tile(y_ptr + low * y_n, r[None, :], kk[:, None], y_n, rows, KW).to(DT)
+        z = _tile(z_ptr + low * z_n, r[:, None], zz[None, :], z_n, rows, ZW).to(DT)
+        if DECAY:
+            g = tl.load(g_ptr + low * g_n + r * g_n, mask=r < rows, other=0.0).to(tl.float32)
+            total = tl.cumsum(g, 0)
+            last = tl.sum(g, 0)
+            before, after = tl.exp(total), _falling(last - total)  # to the chunk's start, to its end
+            left += last
+        if not ENDS:
+            x = _tile(x_ptr + low * x_n, r[:, None], kk[None, :], x_n, rows, KW).to(DT)
+            p = tl.dot(x, yt, input_precision=PRECISION)
+            inter = tl.dot(x, s.to(DT), input_precision=PRECISION)
+            if DECAY:
+                if BACK:
+                    p = tl.where(seen, p * _falling(total[None, :] - total[:, None]), 0.0)
+                    inter = inter * after[:, None]
+                else:
+                    p = tl.where(seen, p * _falling(total[:, None] - total[None, :]), 0.0)
+                    inter = inter * before[:, None]
+            else:
+                p = tl.where(seen, p, 0.0)
+            if WEIGH:
+                own = tl.sum(tl.where(r[:, None] == r[None, :], p, 0.0), 1)
+                p = tl.where(r[:, None] == r[None, :], 0.0, p)
+            out = (tl.dot(p.to(DT), z, input_precision=PRECISION) * scale_in + inter) * scale_out
+            if WEIGH:
+                w = _tile(w_ptr + low * w_n, r[:, None], zz[None, :], w_n, rows, ZW).to(tl.float32)
+                tl.store(weighed_ptr + low + r, tl.sum(w * out, 1), mask=r < rows)
+                out += own[:, None] * z.to(tl.float32) * (scale_in * scale_out)
+            fits = (r < rows)[:, None] & (zz < ZW)[None, :]
+            tl.store(out_ptr + low * ZW + r[:, None] * ZW + zz[None, :], out.to(out_ptr.dtype.element_ty), mask=fits)
+        if DECAY:
+            if BACK:
+                z = (z.to(tl.float32) * before[:, None]).to(DT)
+            else:
+                z = (z.to(tl.float32) * after[:, None]).to(DT)
+            s = s * tl.exp(last)
+        s += tl.dot(yt, z, input_precision=PRECISION) * scale_in
+    if ENDS:
+        end_ptr += (pair.to(tl.int64) * segments + seg) * KW * ZW
+        tl.store(end_ptr + kk[:, None] * ZW + zz[None, :], s, mask=inside)
+        if tile == 0:
+            tl.store(rate_ptr + pair * segments + seg, tl.exp(left))
+    else:
+        if seg == segments - 1:
+            end_ptr += pair.to(tl.int64) * KW * ZW
+            tl.store(end_ptr + kk[:, None] * ZW + zz[None, :], s, mask=inside)
+
+
+@triton.jit(do_not_specialize=["H", "N", "room"])
+def _prefix(g_ptr, total_ptr, H, N, DW, room, g_b, g_h, g_n, C: tl.constexpr, Z: tl.constexpr):
+    """G: cumulative sums of the log-decays, anew in each chunk; past the last token they stay as they are."""
+    c, pair, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    r, d = tl.arange(0, C)[:, None], tile * Z + tl.arange(0, Z)[None, :]
+    low = (c * C).to(tl.int64)
+    g_ptr += (pair // H).to(tl.int64) * g_b + (pair % H).to(tl.int64) * g_h + low * g_n
+    g = _tile(g_ptr, r, d, g_n, N - c * C, DW).to(tl.float32)
+    total_ptr += (pair.to(tl.int64) * room + low) * DW
+    tl.store(total_ptr + r * DW + d, tl.cumsum(g, 0), mask=(r < C) & (d < DW))
+
+
+@triton.jit
+def _crossing(
+    q, kt, total, total_t, total_ptr, r, d, DW,
+    DT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """The part of the map in which the later half of a block of 2 HALF tokens reads the earlier half, through its first row."""
+    i, j = r[:, None], r[None, :]
+    first = (r // (2 * HALF)) * (2 * HALF) + HALF
+    through = _tile(total_ptr, first[:, None], d[None, :], DW, C, DW)
+    through_t = _tile(total_ptr, first[None, :], d[:, None], DW, C, DW)
+    late = (q * _falling(total - through)).to(DT)
+    early = (kt * _falling(through_t - total_t)).to(DT)
+    part = tl.dot(late, early, input_precision=PRECISION)
+    return tl.where(_below(i, j, HALF), part, 0.0)
+
+
+@triton.jit
+def _below(i, j, HALF: tl.constexpr):
+    """Token i in the later and j in the earlier half of the same block of 2 HALF tokens."""
+    return (i // (2 * HALF) == j // (2 * HALF)) & (i % (2 * HALF) >= HALF) & (j % (2 * HALF) < HALF)
+
+
+@triton.jit(do_not_specialize=["H", "N", "room", "k_r"])
+def _map(
+    q_ptr, k_ptr, total_ptr, map_ptr, H, N, DW, room, q_b, q_h, q_n, k_b, k_h, k_n, k_r,
+    LEVELS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, Z: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """sum_d q_id k_jd exp(G_id - G_jd), j <= i, of one chunk, by halves of halves; grid (chunks, B H)."""
+    c, pair = tl.program_id(0), tl.program_id(1)
+    b, h = (pair // H).to(tl.int64), pair % H
+    low, rows = (c * C).to(tl.int64), N - c * C
+    q_ptr += b * q_b + h.to(tl.int64) * q_h + low * q_n
+    k_ptr += b * k_b + (h // k_r).to(tl.int64) * k_h + low * k_n
+    total_ptr += (pair.to(tl.int64) * room + low) * DW
+    r = tl.arange(0, C)
+    i, j = r[:, None], r[None, :]
+    out = tl.zeros((C, C), tl.float32)
+    own = tl.zeros((C,), tl.float32)
+    for at in range(0, DP, Z):
+        d = at + tl.arange(0, Z)
+        q = _tile(q_ptr, i, d[None, :], q_n, rows, DW).to(tl.float32)
+        k = _tile(k_ptr, i, d[None, :], k_n, rows, DW).to(tl.float32)
+        kt = _tile(k_ptr, j, d[:, None], k_n, rows, DW).to(tl.float32)
+        total = _tile(total_ptr, i, d[None, :], DW, C, DW)
+        total_t = _tile(total_ptr, j, d[:, None], DW, C, DW)
+        own += tl.sum(q * k, 1)
+        for level in tl.static_range(LEVELS):
+            out += _crossing(q, kt, total, total_t, total_ptr, r, d, DW, DT, PRECISION, C, C >> (level + 1))
+    out += tl.where(i == j, own[:, None], 0.0)
+    map_ptr += (pair.to(tl.int64) * room + low) * C
+    tl.store(map_ptr + i * C + j, out.to(map_ptr.dtype.element_ty))
+
+
+@triton.jit(
+    do_not_specialize=["H", "N", "room", "segments", "per", "x_r", "y_r", "z_r", "s_pair", "s_seg", "s_k", "s_z"]
+)
+def _scan_sum(
+    x_ptr, y_ptr, z_ptr, total_ptr, map_ptr, start_ptr, out_ptr, end_ptr, rate_ptr,
+    scale_in, scale_out, H, N, KW, ZW, room, segments, per,
+    x_b, x_h, x_n, x_r, y_b, y_h, y_n, y_r, z_b, z_h, z_n, z_r,
+    s_pair, s_seg, s_k, s_z,
+    BACK: tl.constexpr, ENDS: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, K: tl.constexpr, Z: tl.constexpr,
+):  # fmt: skip
+    """As `_scan`, with a decay per channel that is summed over: out and dv. The map of each chunk is read, not made."""
+    tile, pair, seg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = (pair // H).to(tl.int64), pair % H
+    x_ptr += b * x_b + (h // x_r).to(tl.int64) * x_h
+    y_ptr += b * y_b + (h // y_r).to(tl.int64) * y_h
+    z_ptr += b * z_b + (h // z_r).to(tl.int64) * z_h
+    total_ptr += pair.to(tl.int64) * room * KW
+    map_ptr += pair.to(tl.int64) * room * C
+    out_ptr += pair.to(tl.int64) * N * ZW
+    r, kk, zz = tl.arange(0, C), tl.arange(0, K), tile * Z + tl.arange(0, Z)
+    inside = (kk < KW)[:, None] & (zz < ZW)[None, :]
+    s = tl.zeros((K, Z), tl.float32)
+    if not ENDS:
+        at = start_ptr + pair.to(tl.int64) * s_pair + seg.to(tl.int64) * s_seg
+        s += tl.load(at + kk[:, None] * s_k + zz[None, :] * s_z, mask=inside, other=0.0)
+    left = tl.zeros((K,), tl.float32)
+    chunks = tl.cdiv(N, C)
+    for step in range(seg * per, tl.minimum(seg * per + per, chunks)):
+        c = step
+        if BACK:
+            c = chunks - 1 - step
+        low = (c * C).to(tl.int64)
+        rows = (N - c * C).to(tl.int32)
+        z = _tile(z_ptr + low * z_n, r[:, None], zz[None, :], z_n, rows, ZW).to(DT)
+        last = tl.load(total_ptr + (low + C - 1) * KW + kk, mask=kk < KW, other=0.0)
+        left += last
+        if not ENDS:
+            x = _tile(x_ptr + low * x_n, r[:, None], kk[None, :], x_n, rows, KW).to(tl.float32)
+            total = _tile(total_ptr + low * KW, r[:, None], kk[None, :], KW, C, KW)
+            if BACK:
+                p = tl.load(map_ptr + low * C + r[None, :] * C + r[:, None])  # the transpose: row j, column i
+                x = x * _falling(last[None, :] - total)
+            else:
+                p = tl.load(map_ptr + low * C + r[:, None] * C + r[None, :])
+                x = x * tl.exp(total)
+            out = tl.dot(p, z, input_precision=PRECISION) * scale_in
+            out = (out + tl.dot(x.to(DT), s.to(DT), input_precision=PRECISION)) * scale_out
+            fits = (r < rows)[:, None] & (zz < ZW)[None, :]
+            tl.store(out_ptr + low * ZW + r[:, None] * ZW + zz[None, :], out.to(out_ptr.dtype.element_ty), mask=fits)
+        yt = _tile(y_ptr + low * y_n, r[None, :], kk[:, None], y_n, rows, KW).to(tl.float32)
+        total_t = _tile(total_ptr + low * KW, r[None, :], kk[:, None], KW, C, KW)
+        if BACK:
+            yt = yt * tl.exp(total_t)
+        else:
+            yt = yt * _falling(last[:, None] - total_t)
+        s = s * tl.exp(last)[:, None] + tl.dot(yt.to(DT), z, input_precision=PRECISION) * scale_in
+    if ENDS:
+        end_ptr += (pair.to(tl.int64) * segments + seg) * KW * ZW
+        tl.store(end_ptr + kk[:, None] * ZW + zz[None, :], s, mask=inside)
+        if tile == 0:
+            tl.store(rate_ptr + (pair * segments + seg) * KW + kk, tl.exp(left), mask=kk < KW)
+    else:
+        if seg == segments - 1:
+            end_ptr += pair.to(tl.int64) * KW * ZW
+            tl.store(end_ptr + kk[:, None] * ZW + zz[None, :], s, mask=inside)
+
+
+@triton.jit
+def _through(total, total_ptr, r, d, DW, C: tl.constexpr, HALF: tl.constexpr):
+    """What is left between each token and the first row of the later half of its block: to a later token, from an earlier one."""
+    first = (r // (2 * HALF)) * (2 * HALF) + HALF
+    through = _tile(total_ptr, first[:, None], d[None, :], DW, C, DW)
+    return _falling(total - through), _falling(through - total)
+
+
+@triton.jit(do_not_specialize=["H", "N", "room", "k_r", "v_r"])
+def _owed(
+    q_ptr, k_ptr, v_ptr, grad_ptr, total_ptr, dq_ptr, dk_ptr, own_ptr, scale, H, N, DW, EW, room,
+    q_b, q_h, q_n, k_b, k_h, k_n, k_r, v_b, v_h, v_n, v_r, do_b, do_h, do_n,
+    LEVELS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, Z: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Gradients of q and k that come from other tokens of the same chunk, decay per channel; grid (chunks, B H, tiles).
+
+    own: what a token owes to itself, do . v, times k in dq and times q in dk.
+    """
+    c, pair, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = (pair // H).to(tl.int64), pair % H
+    low, rows = (c * C).to(tl.int64), N - c * C
+    q_ptr += b * q_b + h.to(tl.int64) * q_h + low * q_n
+    k_ptr += b * k_b + (h // k_r).to(tl.int64) * k_h + low * k_n
+    v_ptr += b * v_b + (h // v_r).to(tl.int64) * v_h + low * v_n
+    grad_ptr += b * do_b + h.to(tl.int64) * do_h + low * do_n
+    total_ptr += (pair.to(tl.int64) * room + low) * DW
+    r, d = tl.arange(0, C), tile * Z + tl.arange(0, Z)
+    i, j = r[:, None], r[None, :]
+    owed, owed_t = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)  # query i, key j; and key i, query j
+    own = tl.zeros((C,), tl.float32)
+    for at in range(0, KP, K):
+        e = at + tl.arange(0, K)
+        v = _tile(v_ptr, i, e[None, :], v_n, rows, EW).to(DT)
+        do = _tile(grad_ptr, i, e[None, :], do_n, rows, EW).to(DT)
+        vt = _tile(v_ptr, j, e[:, None], v_n, rows, EW).to(DT)
+        do_t = _tile(grad_ptr, j, e[:, None], do_n, rows, EW).to(DT)
+        owed += tl.dot(do, vt, input_precision=PRECISION)
+        owed_t += tl.dot(v, do_t, input_precision=PRECISION)
+        own += tl.sum(v.to(tl.float32) * do.to(tl.float32), 1)
+    q = _tile(q_ptr, i, d[None, :], q_n, rows, DW).to(tl.float32)
+    k = _tile(k_ptr, i, d[None, :], k_n, rows, DW).to(tl.float32)
+    total = _tile(total_ptr, i, d[None, :], DW, C, DW)
+    dq, dk = tl.zeros((C, Z), tl.float32), tl.zeros((C, Z), tl.float32)
+    for level in tl.static_range(LEVELS):
+        late, early = _through(total, total_ptr, r, d, DW, C, C >> (level + 1))
+        a = tl.where(_below(i, j, C >> (level + 1)), owed, 0.0).to(DT)
+        dq += late * tl.dot(a, (k * early).to(DT), input_precision=PRECISION)
+        a_t = tl.where(_below(j, i, C >> (level + 1)), owed_t, 0.0).to(DT)
+        dk += early * tl.dot(a_t, (q * late).to(DT), input_precision=PRECISION)
+    at = (pair.to(tl.int64) * N + low) * DW
+    fits = (i < rows) & (d < DW)[None, :]
+    tl.store(dq_ptr + at + i * DW + d[None, :], dq * scale, mask=fits)
+    tl.store(dk_ptr + at + i * DW + d[None, :], dk * scale, mask=fits)
+    if tile == 0:
+        tl.store(own_ptr + pair.to(tl.int64) * N + low + r, own * scale, mask=r < rows)
+
+
+@triton.jit(
+    do_not_specialize=["H", "N", "room", "segments", "per", "x_r", "y_r", "z_r", "w_r", "s_pair", "s_seg", "s_k", "s_z"]
+)
+def _scan_each(
+    x_ptr, y_ptr, z_ptr, w_ptr, total_ptr, owed_ptr, own_ptr, slope_ptr, start_ptr, out_ptr, sums_ptr, end_ptr, rate_ptr,
+    scale_in, scale_out, H, N, KW, ZW, room, segments, per,
+    x_b, x_h, x_n, x_r, y_b, y_h, y_n, y_r, z_b, z_h, z_n, z_r, w_b, w_h, w_n, w_r,
+    s_pair, s_seg, s_k, s_z,
+    BACK: tl.constexpr, ENDS: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, K: tl.constexpr, Z: tl.constexpr,
+):  # fmt: skip
+    """As `_scan`, with a decay per channel of the output: dq, then (BACK) dk, each on top of what `_owed` wrote.
+
+    dq leaves q dq in `slope`; dk turns it into dG = q dq - k dk and writes its sum over each chunk.
+    """
+    tile, pair, seg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = (pair // H).to(tl.int64), pair % H
+    x_ptr += b * x_b + (h // x_r).to(tl.int64) * x_h
+    y_ptr += b * y_b + (h // y_r).to(tl.int64) * y_h
+    z_ptr += b * z_b + (h // z_r).to(tl.int64) * z_h
+    w_ptr += b * w_b + (h // w_r).to(tl.int64) * w_h
+    total_ptr += pair.to(tl.int64) * room * ZW
+    flat = pair.to(tl.int64) * N * ZW
+    r, kk, zz = tl.arange(0, C), tl.arange(0, K), tile * Z + tl.arange(0, Z)
+    inside = (kk < KW)[:, None] & (zz < ZW)[None, :]
+    s = tl.zeros((K, Z), tl.float32)
+    if not ENDS:
+        at = start_ptr + pair.to(tl.int64) * s_pair + seg.to(tl.int64) * s_seg
+        s += tl.load(at + kk[:, None] * s_k + zz[None, :] * s_z, mask=inside, other=0.0)
+    left = tl.zeros((Z,), tl.float32)
+    chunks = tl.cdiv(N, C)
+    for step in range(seg * per, tl.minimum(seg * per + per, chunks)):
+        c = step
+        if BACK:
+            c = chunks - 1 - step
+        low = (c * C).to(tl.int64)
+        rows = (N - c * C).to(tl.int32)
+        yt = _tile(y_ptr + low * y_n, r[None, :], kk[:, None], y_n, rows, KW).to(DT)
+        z = _tile(z_ptr + low * z_n, r[:, None], zz[None, :], z_n, rows, ZW).to(tl.float32)
+        total = _tile(total_ptr + low * ZW, r[:, None], zz[None, :], ZW, C, ZW)
+        last = tl.load(total_ptr + (low + C - 1) * ZW + zz, mask=zz < ZW, other=0.0)
+        left += last
+        before, after = tl.exp(total), _falling(last[None, :] - total)
+        if not ENDS:
+            x = _tile(x_ptr + low * x_n, r[:, None], kk[None, :], x_n, rows, KW).to(DT)
+            inter = tl.dot(x, s.to(DT), input_precision=PRECISION)
+            spot = flat + low * ZW + r[:, None] * ZW + zz[None, :]
+            fits = (r < rows)[:, None] & (zz < ZW)[None, :]
+            out = tl.load(owed_ptr + spot, mask=fits, other=0.0)
+            w = _tile(w_ptr + low * w_n, r[:, None], zz[None, :], w_n, rows, ZW).to(tl.float32)
+            if BACK:
+                out += inter * after * scale_out
+                slope = tl.load(slope_ptr + spot, mask=fits, other=0.0) - w * out
+                tl.store(sums_ptr + (pair.to(tl.int64) * chunks + c) * ZW + zz, tl.sum(slope, 0), mask=zz < ZW)
+            else:
+                out += inter * before * scale_out
+                slope = w * out
+            tl.store(slope_ptr + spot, slope, mask=fits)
+            own = tl.load(own_ptr + pair.to(tl.int64) * N + low + r, mask=r < rows, other=0.0)
+            out += own[:, None] * z
+            tl.store(out_ptr + spot, out.to(out_ptr.dtype.element_ty), mask=fits)
+        if BACK:
+            z = z * before
+        else:
+            z = z * after
+        s = s * tl.exp(last)[None, :] + tl.dot(yt, z.to(DT), input_precision=PRECISION) * scale_in
+    if ENDS:
+        end_ptr += (pair.to(tl.int64) * segments + seg) * KW * ZW
+        tl.store(end_ptr + kk[:, None] * ZW + zz[None, :], s, mask=inside)
+        tl.store(rate_ptr + (pair * segments + seg) * ZW + zz, tl.exp(left), mask=zz < ZW)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _suffix(slope_ptr, carry_ptr, out_ptr, N, ZW, C: tl.constexpr, Z: tl.constexpr):
+    """dg: the sum of dG over a token and all later ones; carry holds that over all later chunks. Grid (chunks, B H, tiles)."""
+    c, pair, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    r, d = tl.arange(0, C)[:, None], tile * Z + tl.arange(0, Z)
+    at = (pair.to(tl.int64) * N + c * C) * ZW
+    fits = (r < N - c * C) & (d < ZW)[None, :]
+    slope = tl.load(slope_ptr + at + r * ZW + d[None, :], mask=fits, other=0.0)
+    carry = tl.load(carry_ptr + (pair.to(tl.int64) * tl.num_programs(0) + c) * ZW + d, mask=d < ZW, other=0.0)
+    out = tl.cumsum(slope, 0, reverse=True) + carry[None, :]
+    tl.store(out_ptr + at + r * ZW + d[None, :], out.to(out_ptr.dtype.element_ty), mask=fits)
+
+
+@triton.jit(do_not_specialize=["H", "k_r", "v_r"])
+def _token(
+    q_ptr, k_ptr, v_ptr, g_ptr, state_ptr, out_ptr, new_ptr, scale, H, KW, ZW,
+    q_b, q_h, k_b, k_h, k_r, v_b, v_h, v_r, g_b, g_h, s_b, s_h, s_k, s_z,
+    DECAY: tl.constexpr, EACH: tl.constexpr, K: tl.constexpr, Z: tl.constexpr,
+):  # fmt: skip
+    """One token: the state is read once, written once, and the output leaves with it; grid (tiles, B H)."""
+    tile, pair = tl.program_id(0), tl.program_id(1)
+    b, h = (pair // H).to(tl.int64), pair % H
+    kk, zz = tl.arange(0, K), tile * Z + tl.arange(0, Z)
+    inside = (kk < KW)[:, None] & (zz < ZW)[None, :]
+    s_at = state_ptr + b * s_b + h.to(tl.int64) * s_h + kk[:, None] * s_k + zz[None, :] * s_z
+    s = tl.load(s_at, mask=inside, other=0.0)
+    q = tl.load(q_ptr + b * q_b + h * q_h + kk, mask=kk < KW, other=0.0).to(tl.float32)
+    k = tl.load(k_ptr + b * k_b + (h // k_r) * k_h + kk, mask=kk < KW, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + b * v_b + (h // v_r) * v_h + zz, mask=zz < ZW, other=0.0).to(tl.float32)
+    if DECAY:
+        g_at = g_ptr + b * g_b + h * g_h
+        if EACH:
+            s = s * tl.exp(tl.load(g_at + kk, mask=kk < KW, other=0.0).to(tl.float32))[:, None]
+        else:
+            s = s * tl.exp(tl.load(g_at).to(tl.float32))
+    s += k[:, None] * v[None, :]
+    out = tl.sum(s * q[:, None], 0) * scale
+    tl.store(out_ptr + pair * ZW + zz, out.to(out_ptr.dtype.element_ty), mask=zz < ZW)
+    tl.store(new_ptr + pair.to(tl.int64) * KW * ZW + kk[:, None] * ZW + zz[None, :], s, mask=inside)
+
+
+# -- launches ------------------------------------------------------------------------------------------------------------
+
+_ARITHMETIC: dict[torch.dtype, tuple[Any, str]] = {
+    torch.bfloat16: (tl.bfloat16, "tf32"),
+    torch.float16: (tl.float32, "tf32"),
+    torch.float32: (tl.float32, "tf32x3"),
+}
+
+
+def _interpreted() -> bool:
+    return bool(getattr(triton.knobs.runtime, "interpret", False))
+
+
+def _arithmetic(dtype: torch.dtype) -> tuple[Any, str]:
+    """Type and precision of dot products. Triton's interpreter multiplies the bits of bfloat16 as integers: it gets float32."""
+    if dtype == torch.bfloat16 and _interpreted():
+        return tl.float32, "ieee"
+    return _ARITHMETIC[dtype]
+
+
+def _wide(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _settings(name: str, dtype: torch.dtype, width: int) -> dict[str, int]:
+    """Launch settings; operands of 32 bits and wide heads take smaller tiles, so that they fit shared memory."""
+    made = LAUNCH[name]
+    if dtype == torch.bfloat16 and width <= 128:
+        return made
+    return made | {"tile": min(made["tile"], 32), "stages": 1, "warps": 8}
+
+
+def _shared(x: Tensor, heads: int) -> tuple[int, int, int, int]:
+    """Strides of batch, head and token, and how many query heads share a head of x."""
+    return x.stride(0), x.stride(1), x.stride(2), heads // x.shape[1]
+
+
+def _segments(name: str, programs: int, chunks: int, device: torch.device) -> tuple[int, int]:
+    """(segments, chunks per segment): enough segments to fill the device, none of them shorter than eight chunks."""
+    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    wanted = LAUNCH[name]["fill"] * units
+    segments = 1 if 4 * programs >= 3 * wanted else min(triton.cdiv(wanted, programs), max(1, chunks // 8))
+    per = triton.cdiv(chunks, segments)
+    return triton.cdiv(chunks, per), per
+
+
+def _starts(ends: Tensor, rates: Tensor, s: Tensor) -> Tensor:
+    """State that each segment starts from ``[pairs, segments, K, Z]``; rates ``[pairs, segments, 1 | K, 1 | Z]``."""
+    starts = []
+    for end, rate in zip(ends.unbind(1), rates.unbind(1), strict=True):
+        starts.append(s)
+        s = torch.addcmul(end, s, rate)
+    return torch.stack(starts, 1)
+
+
+def _run_scan(
+    x: Tensor, y: Tensor, z: Tensor, g: Tensor | None, state: Tensor | None, *, heads: int, scale: float, back: bool,
+    dtype: torch.dtype, weigh: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`_scan` over a sequence: out ``[B, H, N, Z]`` in `dtype`, last state ``[B, H, K, Z]``, sum of weigh * out or None."""
+    b, n, kw, zw = x.shape[0], x.shape[2], x.shape[3], z.shape[3]
+    width, made = _wide(kw), _settings("scan", x.dtype, kw)
+    tile = min(_wide(zw), made["tile"])
+    tiles, pairs, chunks = triton.cdiv(zw, tile), b * heads, triton.cdiv(n, CHUNK)
+    segments, per = _segments("scan", tiles * pairs, chunks, x.device)
+    fresh = {"device": x.device, "dtype": torch.float32}
+    out, end = x.new_empty(b, heads, n, zw, dtype=dtype), torch.empty(b, heads, kw, zw, **fresh)
+    sums = torch.empty(tiles, b, heads, n, **fresh) if weigh is not None else None
+    dot, precision = _arithmetic(x.dtype)
+    gate, w = g if g is not None else x, weigh if weigh is not None else x
+    fade = gate.stride()[:3] if g is not None else (0, 0, 0)
+    start = torch.zeros(pairs, kw, zw, **fresh) if state is None else state.reshape(pairs, kw, zw)
+
+    def launch(s: Tensor, target: Tensor, rate: Tensor, ends: bool) -> None:
+        _scan[(tiles, pairs, segments)](
+            x, y, z, gate, w, s, out, sums if sums is not None else target, target, rate,
+            scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, pairs, segments, per,
+            *_shared(x, heads), *_shared(y, heads), *_shared(z, heads), *fade, *_shared(w, heads),
+            s.stride(0), s.stride(1) if s.ndim == 4 else 0, s.stride(-2), s.stride(-1),
+            DECAY=g is not None, BACK=back, WEIGH=sums is not None, ENDS=ends,
+            DT=dot, PRECISION=precision, C=CHUNK, K=width, Z=tile, num_warps=made["warps"], num_stages=made["stages"],
+        )  # fmt: skip
+
+    if segments > 1:
+        ends, rates = torch.empty(pairs, segments, kw, zw, **fresh), torch.empty(pairs, segments, 1, 1, **fresh)
+        launch(start, ends, rates, True)
+        start = _starts(ends, rates, start)
+    launch(start, end, end, False)
+    return out, end, None if sums is None else sums.sum(0)
+
+
+def _run_sum(
+    x: Tensor, y: Tensor, z: Tensor, total: Tensor, chunk_map: Tensor, state: Tensor | None, *, heads: int, scale: float,
+    back: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`_scan_sum` over a sequence: out ``[B, H, N, Z]`` in `dtype` and the last state ``[B, H, K, Z]``."""
+    b, n, kw, zw = x.shape[0], x.shape[2], x.shape[3], z.shape[3]
+    width, made = _wide(kw), _settings("sum", x.dtype, kw)
+    tile = min(_wide(zw), made["tile"])
+    tiles, pairs, chunks = triton.cdiv(zw, tile), b * heads, triton.cdiv(n, CHUNK)
+    segments, per = _segments("sum", tiles * pairs, chunks, x.device)
+    fresh = {"device": x.device, "dtype": torch.float32}
+    out, end = x.new_empty(b, heads, n, zw, dtype=dtype), torch.empty(b, heads, kw, zw, **fresh)
+    dot, precision = _arithmetic(x.dtype)
+    start = torch.zeros(pairs, kw, zw, **fresh) if state is None else state.reshape(pairs, kw, zw)
+
+    def launch(s: Tensor, target: Tensor, rate: Tensor, ends: bool) -> None:
+        _scan_sum[(tiles, pairs, segments)](
+            x, y, z, total, chunk_map, s, out, target, rate,
+            scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, chunks * CHUNK, segments, per,
+            *_shared(x, heads), *_shared(y, heads), *_shared(z, heads),
+            s.stride(0), s.stride(1) if s.ndim == 4 else 0, s.stride(-2), s.stride(-1),
+            BACK=back, ENDS=ends,
+            DT=dot, PRECISION=precision, C=CHUNK, K=width, Z=tile, num_warps=made["warps"], num_stages=made["stages"],
+        )  # fmt: skip
+
+    if segments > 1:
+        ends, rates = torch.empty(pairs, segments, kw, zw, **fresh), torch.empty(pairs, segments, kw, 1, **fresh)
+        launch(start, ends, rates, True)
+        start = _starts(ends, rates, start)
+    launch(start, end, end, False)
+    return out, end
+
+
+def _run_each(
+    x: Tensor, y: Tensor, z: Tensor, weigh: Tensor, total: Tensor, owed: Tensor, own: Tensor, slope: Tensor, sums: Tensor,
+    state: Tensor | None, *, heads: int, scale: float, back: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`_scan_each` over a sequence: dq or (back) dk ``[B, H, N, Z]`` in `dtype`; `slope` and `sums` are written."""
+    b, n, kw, zw = x.shape[0], x.shape[2], x.shape[3], z.shape[3]
+    width, made = _wide(kw), _settings("each", x.dtype, kw)
+    tile = min(_wide(zw), made["tile"])
+    tiles, pairs, chunks = triton.cdiv(zw, tile), b * heads, triton.cdiv(n, CHUNK)
+    segments, per = _segments("each", tiles * pairs, chunks, x.device)
+    fresh = {"device": x.device, "dtype": torch.float32}
+    out = x.new_empty(b, heads, n, zw, dtype=dtype)
+    dot, precision = _arithmetic(x.dtype)
+    start = torch.zeros(pairs, kw, zw, **fresh) if state is None else state.reshape(pairs, kw, zw)
+
+    def launch(s: Tensor, target: Tensor, rate: Tensor, ends: bool) -> None:
+        _scan_each[(tiles, pairs, segments)](
+            x, y, z, weigh, total, owed, own, slope, s, out, sums, target, rate,
+            scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, chunks * CHUNK, segments, per,
+            *_shared(x, heads), *_shared(y, heads), *_shared(z, heads), *_shared(weigh, heads),
+            s.stride(0), s.stride(1) if s.ndim == 4 else 0, s.stride(-2), s.stride(-1),
+            BACK=back, ENDS=ends,
+            DT=dot, PRECISION=precision, C=CHUNK, K=width, Z=tile, num_warps=made["warps"], num_stages=made["stages"],
+        )  # fmt: skip
+
+    if segments > 1:
+        ends, rates = torch.empty(pairs, segments, kw, zw, **fresh), torch.empty(pairs, segments, 1, zw, **fresh)
+        launch(start, ends, rates, True)
+        start = _starts(ends, rates, start)
+    launch(start, total, total, False)
+    return out
+
+
+def _run_prefix(decay: Tensor) -> Tensor:
+    """G, float32 ``[B, H, chunks C, D]``."""
+    b, h, n, d = decay.shape
+    chunks, tile = triton.cdiv(n, CHUNK), min(_wide(d), LAUNCH["prefix"]["tile"])
+    total = torch.empty(b, h, chunks * CHUNK, d, dtype=torch.float32, device=decay.device)
+    _prefix[(chunks, b * h, triton.cdiv(d, tile))](
+        decay, total, h, n, d, chunks * CHUNK, *decay.stride()[:3], C=CHUNK, Z=tile, num_warps=LAUNCH["prefix"]["warps"]
+    )
+    return total
+
+
+def _run_map(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
+    """The map of each chunk ``[B, H, chunks C, C]``, in the type that dot products take."""
+    b, h, n, d = q.shape
+    chunks, made = triton.cdiv(n, CHUNK), _settings("map", q.dtype, d)
+    dot, precision = _arithmetic(q.dtype)
+    out = q.new_empty(b, h, chunks * CHUNK, CHUNK, dtype=q.dtype if dot == tl.bfloat16 else torch.float32)
+    tile = min(_wide(d), made["tile"])
+    _map[(chunks, b * h)](
+        q, k, total, out, h, n, d, chunks * CHUNK, *q.stride()[:3], *_shared(k, h),
+        LEVELS=CHUNK.bit_length() - 1, DT=dot, PRECISION=precision, C=CHUNK, Z=tile, DP=_wide(d),
+        num_warps=made["warps"], num_stages=made["stages"],
+    )  # fmt: skip
+    return out
+
+
+def _transposed(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.mT.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Itself, with channels next to one another, as the kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+_FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? state, float scale) -> (Tensor, Tensor)"
+_BACKWARD = (
+    "(Tensor grad, Tensor grad_end, Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? state, Tensor end, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("qkv::decayed", mutates_args=(), schema=_FORWARD)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (_rows(x) for x in (q, k, v))
+    state = None if state is None else state.contiguous()
+    h = q.shape[1]
+    if decay is None or decay.shape[3] == 1:
+        return _run_scan(q, k, v, decay, state, heads=h, scale=scale, back=False, dtype=q.dtype)[:2]
+    total = _run_prefix(_rows(decay))
+    return _run_sum(q, k, v, total, _run_map(q, k, total), state, heads=h, scale=scale, back=False, dtype=q.dtype)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, scale: float) -> tuple[Tensor, Tensor]:
+    b, h, n, d = q.shape
+    return q.new_empty(b, h, n, v.shape[3]), q.new_empty(b, h, d, v.shape[3], dtype=torch.float32)
+
+
+@torch.library.custom_op("qkv::decayed_backward", mutates_args=(), schema=_BACKWARD)
+def _backward(
+    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None,
+    end: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v, grad = (_rows(x) for x in (q, k, v, grad))
+    heads = q.shape[1]
+    state = None if state is None else state.contiguous()
+    grad_end = grad_end.contiguous()
+    wide = {
+        g: q.dtype if g == heads else torch.float32 for g in (k.shape[1], v.shape[1])
+    }  # shared heads are summed below
+    how: dict[str, Any] = {"heads": heads, "scale": scale}
+    if decay is None or decay.shape[3] == 1:
+        w = (q, k) if decay is not None else (None, None)
+        dq, _, rise = _run_scan(grad, v, k, decay, _transposed(state), **how, back=False, dtype=q.dtype, weigh=w[0])
+        dk, _, fall = _run_scan(
+            v, grad, q, decay, _transposed(grad_end), **how, back=True, dtype=wide[k.shape[1]], weigh=w[1]
+        )
+        dv, ds, _ = _run_scan(k, q, grad, decay, grad_end, **how, back=True, dtype=wide[v.shape[1]])
+        if decay is None or rise is None or fall is None:
+            dg = q.new_empty(0)
+        else:
+            later = (rise - fall).flip(-1).cumsum(-1).flip(-1) + (end * grad_end).sum((-2, -1)).unsqueeze(-1)
+            dg = later.unsqueeze(-1).to(decay.dtype)
+    else:
+        total = _run_prefix(_rows(decay))
+        dv, ds = _run_sum(k, q, grad, total, _run_map(q, k, total), grad_end, **how, back=True, dtype=wide[v.shape[1]])
+        dq, dk, dg = _channels(grad, grad_end, q, k, v, total, state, end, scale, wide[k.shape[1]], decay.dtype)
+    return dq, _summed(dk, k), _summed(dv, v), dg, ds if state is not None else q.new_empty(0)
+
+
+def _channels(
+    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, total: Tensor, state: Tensor | None, end: Tensor,
+    scale: float, dtype: torch.dtype, gate: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk (one per query head) and dg where every channel has its own decay."""
+    b, h, n, d = q.shape
+    chunks, made = triton.cdiv(n, CHUNK), _settings("owed", q.dtype, d)
+    dot, precision = _arithmetic(q.dtype)
+    owed_q, owed_k, slope = (torch.empty(b, h, n, d, dtype=torch.float32, device=q.device) for _ in range(3))
+    own, width = torch.empty(b, h, n, dtype=torch.float32, device=q.device), _wide(v.shape[3])
+    tile = min(_wide(d), made["tile"])
+    _owed[(chunks, b * h, triton.cdiv(d, tile))](
+        q, k, v, grad, total, owed_q, owed_k, own, scale, h, n, d, v.shape[3], chunks * CHUNK,
+        *q.stride()[:3], *_shared(k, h), *_shared(v, h), *grad.stride()[:3],
+        LEVELS=CHUNK.bit_length() - 1, DT=dot, PRECISION=precision, C=CHUNK, Z=tile, K=min(64, width), KP=width,
+        num_warps=made["warps"], num_stages=made["stages"],
+    )  # fmt: skip
+    sums = torch.empty(b, h, chunks, d, dtype=torch.float32, device=q.device)
+    how: dict[str, Any] = {"heads": h, "scale": scale}
+    dq = _run_each(grad, v, k, q, total, owed_q, own, slope, sums, _transposed(state), **how, back=False, dtype=q.dtype)
+    dk = _run_each(v, grad, q, k, total, owed_k, own, slope, sums, _transposed(grad_end), **how, back=True, dtype=dtype)
+    carry = sums.flip(2).cumsum(2).flip(2) - sums + (end * grad_end).sum(-1).unsqueeze(2)
+    dg = torch.empty(b, h, n, d, dtype=gate, device=q.device)
+    tile = min(_wide(d), LAUNCH["prefix"]["tile"])
+    _suffix[(chunks, b * h, triton.cdiv(d, tile))](
+        slope, carry, dg, n, d, C=CHUNK, Z=tile, num_warps=LAUNCH["prefix"]["warps"]
+    )
+    return dq, dk, dg
+
+
+def _summed(x: Tensor, like: Tensor) -> Tensor:
+    """The gradient of a head that several query heads share: the sum over them."""
+    if x.shape[1] == like.shape[1]:
+        return x
+    return x.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, end: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dg = q.new_empty(0) if decay is None else decay.new_empty(decay.shape)
+    return dq, dk, dv, dg, q.new_empty(0) if state is None else state.new_empty(state.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, decay, state, scale = inputs
+    ctx.save_for_backward(q, k, v, decay, state, output[1])
+    ctx.scale = scale
+
+
+def _gradients(ctx: Any, grad: Tensor, grad_end: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, decay, state, end = ctx.saved_tensors
+    dq, dk, dv, dg, ds = torch.ops.qkv.decayed_backward(grad, grad_end, q, k, v, decay, state, end, ctx.scale)
+    return dq, dk, dv, dg if decay is not None else None, ds if state is not None else None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
+
+
+@torch.library.custom_op(
+    "qkv::decayed_token",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor state, float scale) -> (Tensor, Tensor)",
+)
+def _one(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (_rows(x) for x in (q, k, v))
+    decay = None if decay is None else _rows(decay)
+    b, h, _, d = q.shape
+    e = v.shape[3]
+    out, new = q.new_empty(b, h, 1, e), torch.empty(b, h, d, e, dtype=torch.float32, device=q.device)
+    tile = min(_wide(e), 32)
+    _token[(triton.cdiv(e, tile), b * h)](
+        q, k, v, decay if decay is not None else q, state, out, new, scale, h, d, e,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), h // k.shape[1], v.stride(0), v.stride(1), h // v.shape[1],
+        decay.stride(0) if decay is not None else 0, decay.stride(1) if decay is not None else 0, *state.stride(),
+        DECAY=decay is not None, EACH=decay is not None and decay.shape[3] > 1, K=_wide(d), Z=tile, num_warps=4,
+    )  # fmt: skip
+    return out, new
+
+
+@_one.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    b, h, _, d = q.shape
+    return q.new_empty(b, h, 1, v.shape[3]), q.new_empty(b, h, d, v.shape[3], dtype=torch.float32)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None) -> None:
+    (b, h, n, d), e, g = q.shape, v.shape[3], k.shape[1]
+    if not q.is_cuda and not _interpreted():
+        raise Refused(
+            f"the decayed kernels run on CUDA devices; q lies on {q.device}: use the torch forms there "
+            "(form='fast' of an operator, form='chunked' of the core)"
+        )
+    if q.dtype not in _ARITHMETIC or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise InvalidInput(
+            f"the decayed kernels take q, k, v in one of bfloat16, float16, float32; got {q.dtype}, {k.dtype}, "
+            f"{v.dtype}: cast them, or use the torch forms"
+        )
+    if k.shape != (b, g, n, d) or v.shape[:3] != (b, g, n) or h % g or n < 1:
+        raise InvalidInput(
+            f"the decayed kernels take q [B, H, N, D], k [B, G, N, D], v [B, G, N, E] with N >= 1 and G dividing H; got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if max(d, e) > WIDEST:
+        raise InvalidInput(
+            f"the decayed kernels hold heads of at most {WIDEST} channels; got D={d}, E={e}: use the torch forms"
+        )
+    if decay is not None and decay.shape not in ((b, h, n, 1), (b, h, n, d)):
+        raise InvalidInput(f"decay has shape {tuple(decay.shape)}; expected {(b, h, n, 1)} or {(b, h, n, d)}")
+    if state is not None and state.shape != (b, h, d, e):
+        raise InvalidInput(f"the state to start from has shape {tuple(state.shape)}; expected {(b, h, d, e)}")
+
+
+def decayed(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal linear attention with decay, differentiable once: the op ``qkv::decayed``.
+
+    q: ``[B, H, N, D]``; k: ``[B, G, N, D]``; v: ``[B, G, N, E]``, all bfloat16, float16 or float32, D and E at most 256.
+    decay: natural logs <= 0, ``[B, H, N, 1]`` or ``[B, H, N, D]``, or None. state: ``[B, H, D, E]`` or None. Returns out
+    ``[B, H, N, E]`` in q's dtype and the state after the last token, float32. One token that asks for no gradient takes the fused
+    step. Raises `InvalidInput`, and `Refused` off CUDA.
+    """
+    _check(q, k, v, decay, state)
+    state = None if state is None else state.float()
+    given = [x for x in (q, k, v, decay, state) if x is not None]
+    if q.shape[2] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
+        start = state if state is not None else q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=torch.float32)
+        return torch.ops.qkv.decayed_token(q, k, v, decay, start, scale)
+    return torch.ops.qkv.decayed(q, k, v, decay, state, scale)

@@ -1,0 +1,228 @@
+"""The decayed kernels against float64: through Triton's interpreter on any machine, on the device where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import qkv
+from qkv.core.errors import InvalidInput, Refused
+from qkv.ops._common.decayed import Decayed, decayed_linear_attention
+
+triton = pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+direct = pytest.mark.skipif(
+    not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="run through the interpreter"
+)
+
+
+def test_decayed_kernels_are_checked_through_the_interpreter() -> None:
+    """The checks below, in a process of their own: the interpreter is chosen when Triton is imported."""
+    if CUDA or os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the checks run directly here")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.mark.skipif(CUDA or os.environ.get("TRITON_INTERPRET") == "1", reason="the kernel can run here")
+def test_a_kernel_that_cannot_run_says_why() -> None:
+    x = torch.randn(1, 2, 5, 8)
+    with pytest.raises(Refused, match="run on CUDA devices; q lies on cpu"):
+        decayed_linear_attention(x, x, x, form="triton")
+    with pytest.raises(Refused, match="form='fast'"):
+        qkv.attention(x, x, x, method="gla", log_decay=-torch.ones(2), form="kernel")
+
+
+class Case:
+    """Random inputs, and the gradients of one loss over outputs and final states."""
+
+    def __init__(
+        self, sizes: tuple[int, ...], gate: str, dtype: torch.dtype = torch.float32, strong: bool = False
+    ) -> None:
+        b, h, g, n, d, e = sizes
+        draw = torch.Generator().manual_seed(sum(sizes))
+        rand = lambda *s: torch.randn(*s, generator=draw).to(DEVICE)  # noqa: E731
+        shape = {"none": None, "h": (h,), "bhn": (b, h, n), "bhnd": (b, h, n, d)}[gate]
+        decay = None if shape is None else -rand(*shape).abs() / 2
+        if strong and decay is not None:
+            decay = torch.where(rand(*decay.shape) < 0, decay, -20.0)
+        self.tensors = {"q": rand(b, h, n, d), "k": rand(b, g, n, d), "v": rand(b, g, n, e)}
+        self.tensors = {name: x.to(dtype) for name, x in self.tensors.items()}
+        if decay is not None:
+            self.tensors["log_decay"] = decay
+        self.state, self.keys = rand(b, h, d, e), rand(b, h, d).abs()
+        self.weights = rand(b, h, n, e), rand(b, h, d, e)
+        self.keywords: dict = {"scale": 0.3}
+
+    def run(self, form: str, wide: bool) -> dict[str, torch.Tensor]:
+        leaves = {n: (x.double() if wide else x).clone().requires_grad_() for n, x in self.tensors.items()}
+        done: Decayed = decayed_linear_attention(**leaves, **self.keywords, form=form)  # type: ignore[arg-type]
+        loss = sum((x.double() * w).sum() for x, w in zip(done[:2], self.weights, strict=True))
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        named = {f"gradient of {n}": x for n, x in zip(leaves, grads, strict=True)}
+        return {"out": done.out, "state": done.state} | named
+
+    def agrees(self, tolerance: float) -> None:
+        """The kernel against the chunked form in float64; the errors are relative to the norm."""
+        got, want = self.run("triton", False), self.run("chunked", True)
+        for name, x in want.items():
+            assert torch.isfinite(got[name]).all(), name
+            assert got[name].shape == x.shape, name
+            error = ((got[name].double() - x).norm() / x.norm().clamp(min=1e-30)).item()
+            assert error < tolerance, f"{name}: relative error {error:.2e}, at most {tolerance}"
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 16 tokens: several of them in a short sequence."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from qkv.kernels import decayed
+
+        monkeypatch.setattr(decayed, "CHUNK", 16)
+
+
+SHAPES = [(1, 2, 1, 70, 5, 7), (2, 2, 2, 64, 16, 24), (1, 1, 1, 1, 8, 3)]
+
+
+@direct
+@pytest.mark.parametrize("gate", ["none", "h", "bhn", "bhnd"])
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_forward_and_every_gradient(sizes: tuple[int, ...], gate: str) -> None:
+    """Lengths that are no multiple of the chunk, shared heads, odd widths; start and end states with gradients."""
+    case = Case(sizes, gate)
+    case.tensors["state"] = case.state
+    case.agrees(2e-5)
+
+
+@direct
+@pytest.mark.parametrize("gate", ["bhn", "bhnd"])
+def test_strong_decay(gate: str) -> None:
+    """-20 a step among mild ones, and everywhere: finite, and right."""
+    Case((1, 2, 2, 75, 8, 8), gate, strong=True).agrees(1e-4)
+    case = Case((1, 1, 1, 75, 8, 8), gate)
+    case.tensors["log_decay"].fill_(-20.0)
+    case.weights[1].zero_()  # a loss on the state gives gates' gradients of 1e-9 as differences of ones
+    case.agrees(1e-4)
+    case.tensors["log_decay"].fill_(-1e4)
+    for name, x in case.run("triton", False).items():
+        assert torch.isfinite(x).all(), name
+
+
+@direct
+@pytest.mark.parametrize("gate", ["none", "bhn", "bhnd"])
+def test_segments_and_tiles_change_nothing(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence cut into segments, and outputs made in several tiles, against float64."""
+    from qkv.kernels import decayed
+
+    monkeypatch.setattr(decayed, "CHUNK", 16)
+    monkeypatch.setattr(decayed, "_segments", lambda name, programs, chunks, device: (chunks, 1))
+    for name in decayed.LAUNCH:
+        monkeypatch.setitem(decayed.LAUNCH[name], "tile", 16)
+    case = Case((1, 2, 1, 40, 18, 20), gate)
+    case.tensors["state"] = case.state
+    case.agrees(2e-5)
+
+
+@direct
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("gate", ["bhn", "bhnd"])
+def test_padding_and_normaliser(gate: str) -> None:
+    """Padded tokens leave the state as it is, whatever lies there; the normaliser is the same map of ones."""
+    case = Case((2, 2, 1, 21, 8, 8), gate)
+    case.tensors["q"], case.tensors["k"] = case.tensors["q"].abs(), case.tensors["k"].abs()
+    case.tensors |= {"state": case.state.abs(), "keys": case.keys}
+    real = torch.arange(21, device=DEVICE) >= torch.tensor([[5], [0]], device=DEVICE)
+    case.keywords |= {"normalise": True, "padding": real}
+    case.agrees(2e-5)
+
+
+@direct
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("gate", ["bhn", "bhnd"])
+def test_low_precision(gate: str, dtype: torch.dtype) -> None:
+    """Inputs in 16 bits, sums in float32, outputs in 16 bits, states in float32; scores past float16's range stay finite."""
+    case = Case((1, 2, 2, 40, 16, 16), gate, dtype)
+    case.agrees(2e-2)
+    got = case.run("triton", False)
+    assert got["out"].dtype == got["gradient of q"].dtype == dtype and got["state"].dtype == torch.float32
+    if dtype == torch.float16:
+        q = torch.full((1, 1, 40, 16), 90.0, dtype=dtype, device=DEVICE)
+        assert decayed_linear_attention(q, q, q / 9e4, form="triton", scale=1e-3).out.isfinite().all()
+
+
+@direct
+@pytest.mark.parametrize("gate", ["none", "h", "bhn", "bhnd"])
+def test_tokens_one_by_one_are_the_sequence(gate: str) -> None:
+    """The fused step, in an empty state and in one that is handed over."""
+    case = Case((2, 4, 2, 9, 8, 6), gate)
+    how = {"scale": 0.3, "form": "triton"}
+    whole = decayed_linear_attention(**case.tensors, **how)  # type: ignore[arg-type]
+    state, outs = None, []
+    for t in range(9):
+        now = {n: x if x.ndim == 1 else x[:, :, t : t + 1] for n, x in case.tensors.items()}
+        out, state, _ = decayed_linear_attention(**now, **how, state=state)  # type: ignore[arg-type]
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 2), whole.out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, whole.state, rtol=1e-5, atol=1e-5)
+
+
+@direct
+@pytest.mark.usefixtures("short")
+def test_views_are_read_in_place() -> None:
+    """Heads that come out of a projection as a transposed view, and channels that are not next to one another."""
+    case = Case((2, 2, 2, 20, 8, 8), "bhnd")
+    want = case.run("triton", False)
+    case.tensors = {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in case.tensors.items()}
+    case.tensors["k"] = case.tensors["k"].mT.contiguous().mT
+    got = case.run("triton", False)
+    for name, x in want.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-6, atol=1e-6)
+
+
+@direct
+def test_the_op_is_sound_for_torch_library() -> None:
+    """Schema, fake tensors and autograd registration of the op, as PyTorch checks them."""
+    from qkv.kernels import decayed  # noqa: F401
+
+    case = Case((1, 2, 1, 6, 4, 3), "bhn")
+    q, k, v, g = (x.requires_grad_() for x in case.tensors.values())
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for decay, state in ((g.unsqueeze(-1), None), (None, case.state)):
+        torch.library.opcheck(torch.ops.qkv.decayed, (q, k, v, decay, state, 0.5), test_utils=checks)
+
+
+@direct
+@pytest.mark.usefixtures("short")
+def test_operators_reach_the_kernel_by_their_spec() -> None:
+    case = Case((1, 2, 1, 20, 8, 8), "bhnd")
+    q, k, v, g = case.tensors.values()
+    for method, extras in (("gla", {"log_decay": g}), ("linear", {})):
+        got, end = qkv.attention(q, k, v, method=method, form="kernel", return_state=True, **extras)
+        want, state = qkv.attention(q, k, v, method=method, form="fast", return_state=True, **extras)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(end["state"], state["state"], rtol=1e-5, atol=1e-5)
+        assert end.seen == 20 and end.owner == method
+
+
+@direct
+def test_what_does_not_fit_is_refused() -> None:
+    x = torch.randn(1, 2, 4, 8, device=DEVICE)
+    wide = torch.randn(1, 1, 4, 300, device=DEVICE)
+    for bad, why in (((x.double(),) * 3, "bfloat16, float16, float32"), ((wide,) * 3, "at most 256"),
+                     ((x, x[:, :, :3], x), "G dividing H")):  # fmt: skip
+        with pytest.raises(InvalidInput, match=why):
+            decayed_linear_attention(*bad, form="triton")
+    with pytest.raises(InvalidInput, match="`state` alone"):
+        decayed_linear_attention(x, x, x, form="triton", keys=torch.zeros(1, 2, 8, device=DEVICE))
