@@ -47,7 +47,7 @@ def rotated(tensors: list[Tensor]) -> list[Tensor]:
     return [ROPE.rotate(x, at.expand(x.shape[0], x.shape[1], -1)) for x in tensors[:2]] + tensors[2:]
 
 
-@pytest.mark.parametrize("cuts", [[83], [40, 43], [23, *[1] * 60]])
+@pytest.mark.parametrize("cuts", [[83], [40, 43], [19, 64], [23, *[1] * 60]])
 def test_the_definition(cuts: list[int]) -> None:
     """At once, in pieces and token by token: one rule, the loop's to 1e-6 (rotations run in float32)."""
     q, k, v = draw(83)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from qkv.core.cache import CacheSpec, Geometry, require
-from qkv.core.reader import Blocks, Reader, Reading, Selection
+from qkv.core.reader import FIRM, Blocks, Reader, Reading, Selection
 from qkv.core.spec import Limit, param
 
 EPS = 1e-6
@@ -186,9 +186,9 @@ class ActQKV(Reader):
                 many = self._share(view, view.board, spread, candidate)
         held = ((block * c <= last) & ~candidate).sum(-1, keepdim=True)  # blocks that are read anyhow
         reads = torch.where(self.reads(last + 1) > last, last + 1, (held + many) * c)
-        worth = score.masked_fill(~candidate & (block * c <= last), torch.finfo(score.dtype).max)
+        worth = score.masked_fill(~candidate & (block * c <= last), FIRM)
         worth = worth.expand(b, view.keys.shape[1], -1, -1)
-        return dataclasses.replace(view, at=None, steady=False).best(worth, reads)
+        return dataclasses.replace(view, at=None, slot32=None, steady=False).best(worth, reads)
 
     def _probe(self, q: Tensor, real: Tensor) -> Tensor:
         """``[B, H, D]``, from queries before rotation ``[B, H, N, D]`` of a window."""

@@ -110,10 +110,10 @@ class OffloadedCache(LayerCache):
         with torch.cuda.stream(self.stream):
             ahead = []
             for shelf in (self.keys, self.values):
-                x = shelf.look()
-                near = torch.empty((*x.shape[:2], size, x.shape[3]), dtype=x.dtype, device=device)
-                near[:, :, : self.seen].copy_(x[:, :, : self.seen], non_blocking=True)
-                ahead.append(near)
+                x = shelf.room(
+                    shelf.look(), size, self.seen
+                )  # whole shelves are contiguous: one asynchronous copy each
+                ahead.append(torch.empty_like(x, device=device, pin_memory=False).copy_(x, non_blocking=True))
             self.arrived = self.stream.record_event()
         self.ahead = (ahead[0], ahead[1])
 

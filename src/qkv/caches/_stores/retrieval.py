@@ -170,7 +170,7 @@ class RetrievalCache(LayerCache):
         holds = None if min(self.lengths) >= width else _before(self.lengths, 0, width, q.device)
         if step.compute is not None:
             return self._computed(q, keys, values, holds, host, step)
-        if q.is_cuda and holds is None:
+        if q.is_cuda and holds is None and q.dtype != torch.float64:
             length = torch.full((1,), width, dtype=torch.int32, device=q.device)
             near = kernel("decode:decode_attention")(q, keys, values, length=length, scale=step.scale)
         else:

@@ -307,13 +307,12 @@ class SelectiveCache(Recording):
         assert self.keys is not None and self.values is not None
         if self.watch is not None:
             self.watch(Read(None))
-        if step.compute is None and _kernels(q, q.shape[2]):
-            return self._decode(q, None if self.columns is None else place.to(q.device, torch.int32), step.scale)
         used = max(self.lengths)
+        alike = self.columns is None and int(place[0, -1]) + 1 == used  # a window may end before its prompt
+        if step.compute is None and _kernels(q, q.shape[2]):
+            return self._decode(q, None if alike else place.to(q.device, torch.int32), step.scale)
         mask = None
-        if (
-            self.columns is not None or q.shape[2] > 1 or int(place[0, 0]) + 1 < used
-        ):  # a window may end before the prompt
+        if not alike or q.shape[2] > 1:
             slot = torch.arange(used, device=q.device)
             mask = slot <= place.to(q.device)[:, None, :, None]
         return (step.compute or sdpa)(
