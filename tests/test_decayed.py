@@ -96,7 +96,11 @@ def test_long_sequence_in_float32_keeps_its_precision() -> None:
 
 
 def test_state_dtypes_and_low_precision_inputs() -> None:
-    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+    for dtype, wide in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
         got = decayed_linear_attention(*_qkv(dtype), normalise=True)
         assert got.out.dtype == dtype
         assert got.state.dtype == got.keys.dtype == wide  # type: ignore[union-attr]
@@ -124,3 +128,32 @@ def test_gla_decodes_in_a_state_of_constant_size() -> None:
     sizes = {qkv.attention(*(x[:, :, :n] for x in (q, k, v)), method="gla", log_decay=g[:, :, :n],
                            return_state=True)[1].bytes for n in (1, 17, N)}  # fmt: skip
     assert sizes == {B * H * D * E * 4}
+
+
+@pytest.mark.parametrize("shape", [(B, H, N), (B, H, N, D)], ids=["bhn", "bhnd"])
+def test_gradients_of_strong_gates_are_right_however_small(shape: tuple[int, ...]) -> None:
+    """At -20 a step they are about 1e-9: what a token reads from itself must not enter q dq - k dk, where it only cancels."""
+    tensors, rng = _qkv(torch.float32), torch.Generator().manual_seed(2)
+    weight = torch.randn(B, H, N, E, generator=rng, dtype=torch.float64)
+
+    def gradient(form: str, dtype: torch.dtype) -> torch.Tensor:
+        g = torch.full(shape, -20.0, dtype=dtype, requires_grad=True)
+        out = decayed_linear_attention(*(x.to(dtype) for x in tensors), log_decay=g, form=form).out  # type: ignore[arg-type]
+        return torch.autograd.grad((out * weight).sum(), g)[0]
+
+    want = gradient("recurrent", torch.float64)
+    assert 0 < want.norm() < 1e-5
+    assert (gradient("chunked", torch.float32) - want).norm() < 1e-3 * want.norm()
+
+
+def test_the_backward_pass_does_not_grow_with_the_square_of_the_chunks() -> None:
+    """Every chunk's gradient is written once: no operation of the backward pass touches all chunks once per chunk."""
+
+    def written(n: int) -> int:
+        q, k, v = (x[:1, :1].requires_grad_() for x in _qkv(torch.float32, n))
+        out = decayed_linear_attention(q, k, v, log_decay=torch.full((1, 1, n), -0.1), chunk_size=8).out
+        with torch.profiler.profile(profile_memory=True) as seen:
+            out.sum().backward()
+        return sum(max(0, e.self_cpu_memory_usage) for e in seen.key_averages())
+
+    assert written(1024) < 5 * written(256)
