@@ -4,8 +4,8 @@
 
 The shape is a site of an 8B Llama (32 heads, 8 KV heads, width 128) in bfloat16 with random keys. A step is everything that
 decoding does at a site: the new token is stored, what is read is chosen, attention runs, something is evicted or packed.
-Times are medians of replayed CUDA graphs. The bound is the time in which this device copies as many bytes as the method holds
-(for methods that hold everything but read a part, it is the bound of the full cache). Shares of the context are given as numbers
+Times are medians of replayed CUDA graphs. `copy_ms` is the time in which this device copies as many bytes as the method holds, half
+of them read and half written (for methods that hold everything but read a part: as many as the full cache holds). Shares of the context are given as numbers
 of tokens, so that each method holds what it would hold after a prompt of the context.
 """
 
@@ -79,12 +79,12 @@ def exact(b: int, n: int) -> list[dict[str, Any]]:
     """Torch's fused kernels over n keys, and the copy of as many bytes."""
     q, k, v = draw(b, n)
     q = q[:, :, :1].reshape(b, G, H // G, D)
-    bound = timed(lambda: v.copy_(k))  # reads k and writes v: the bytes of both
+    copy = timed(lambda: v.copy_(k))  # reads k and writes v: the bytes of both
     rows = []
     for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
         with sdpa_kernel(getattr(SDPBackend, name)):
             ms = timed(lambda: F.scaled_dot_product_attention(q, k, v))
-        rows.append({"method": f"torch {name}, {n} keys", "ms": ms, "bound_ms": bound})
+        rows.append({"method": f"torch {name}, {n} keys", "ms": ms, "copy_ms": copy})
     return rows
 
 
@@ -108,7 +108,7 @@ def main() -> None:
 
     for row in exact(b, n):
         add(row)
-    best, copied = min(r["ms"] for r in rows), rows[0]["bound_ms"] / (4 * b * G * n * D)  # ms per byte
+    best, copied = min(r["ms"] for r in rows), rows[0]["copy_ms"] / (4 * b * G * n * D)  # ms per byte
     for setting, tokens in ({"full": n} | (methods(n) if not a.method else dict.fromkeys(a.method, n))).items():
         torch.cuda.empty_cache()
         try:
@@ -121,7 +121,7 @@ def main() -> None:
             ms = timed(lambda: layer.step(*token, D**-0.5, here))  # noqa: B023
             add({"method": setting, "ms": ms, "best_exact_over_method": round(best / ms, 2),
                  "full_over_method": round(next((r["ms"] for r in rows if r["method"] == "full"), ms) / ms, 2),
-                 "held_bytes": layer.bytes(), "bound_ms": round(layer.bytes() * copied, 4)})  # fmt: skip
+                 "held_bytes": layer.bytes(), "copy_ms": round(layer.bytes() * copied, 4)})  # fmt: skip
         except Exception as reason:
             add({"method": setting, "error": f"{type(reason).__name__}: {str(reason)[:200]}"})
 

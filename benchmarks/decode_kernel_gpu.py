@@ -1,9 +1,9 @@
-"""The decode kernel alone on one GPU: launch settings against each other, torch's fused kernels and the bound by bytes.
+"""The decode kernel alone on one GPU: launch settings against each other, torch's fused kernels and a copy.
 
     python benchmarks/decode_kernel_gpu.py --out benchmarks/results/decode_kernel_gpu.json
 
 Each setting is checked against float64 before it is timed. Times are medians of replayed CUDA graphs (no launch cost in
-them) over inputs larger than the L2 cache. The bound is the time that a device-to-device copy of the same bytes takes in
+them) over inputs larger than the L2 cache. `copy_ms` is the time that a device-to-device copy of the same bytes takes in
 this process.
 """
 

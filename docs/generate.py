@@ -107,7 +107,7 @@ def _page(spec: Spec, result: dict[str, Any] | None) -> str:
     out += ["## On real input", ""]
     if spec.shown:
         out += [f"Expected: {_prose(spec.shown)}", ""]
-    out += _result(result) if result else ["No figure is recorded yet.", ""]
+    out += _result(result, verdicts().get(spec.id)) if result else ["No figure is recorded yet.", ""]
     if spec.honest:
         out += ["## Known limit", "", _prose(spec.honest), ""]
     return "\n".join(out).rstrip() + "\n"
@@ -255,8 +255,14 @@ def _deviations(spec: Spec) -> list[str]:
     return ["## Laws it does not keep", "", *(f"- `{d.law}`: {_prose(d.reason)}" for d in spec.deviations), ""]
 
 
-def _result(r: dict[str, Any]) -> list[str]:
-    out = [f"Measured: {_prose(r['claim'])}", "", "| figure | value | note |", "|---|---|---|"]
+def verdicts() -> dict[str, str]:
+    """Method -> what its figures say, written by whoever looked at them, where that is not what was expected."""
+    path = ROOT / "benchmarks" / "results" / "verdicts.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _result(r: dict[str, Any], verdict: str | None) -> list[str]:
+    out = [f"Measured: {_prose(verdict or r['claim'])}", "", "| figure | value | note |", "|---|---|---|"]
     out += [
         f"| {_cell(f['name'])} | {_number(f['value'])} {_cell(f['unit'])} | {_cell(f['note'])} |" for f in r["figures"]
     ]

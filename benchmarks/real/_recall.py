@@ -29,7 +29,8 @@ class Choice:
 
     method: a setting (``"gla:chunk_size=64"``), or a function of (layer, layers) that gives one, or a plain function of
     (q, k, v). key_width: D per head, None: the width of the model over the heads. gates: which axes each extra takes, e.g.
-    ``{"log_decay": "bhn"}``. features: applied to queries and keys.
+    ``{"log_decay": "bhn"}``. features: applied to queries and keys; query_features: to queries alone. learned: shapes of
+    extras that are parameters, e.g. ``{"codebook": (4, 64, 32)}``, by name.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Choice:
     key_width: int | None = None
     gates: Mapping[str, str] = field(default_factory=dict)
     features: Callable[[Tensor], Tensor] | None = None
+    query_features: Callable[[Tensor], Tensor] | None = None
+    learned: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def at(self, layer: int, layers: int) -> Operator | Callable[..., Tensor]:
         """The operator of a layer."""
@@ -80,19 +83,22 @@ class Mixer(nn.Module):
         self.v = nn.Linear(dim, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         sizes = {"bhn": 1, "bhnd": self.key_width, "bhne": self.value_width}
+        self.learned = nn.ParameterDict({n: torch.randn(shape) for n, shape in choice.learned.items()})
         self.gates = nn.ModuleDict({n: nn.Linear(dim, heads * sizes[axes]) for n, axes in choice.gates.items()})
 
     def heads_of(self, x: Tensor) -> Tensor:
         """``[B, N, H w]`` -> ``[B, H, N, w]``."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """q, k, v and gates of tokens ``[B, N, dim]``."""
         x = x + F.silu(self.conv(x.mT)[..., : x.shape[1]].mT)
         q, k = (self.heads_of(y) for y in self.qk(x).chunk(2, -1))
         if self.choice.features is not None:
             q, k = self.choice.features(q), self.choice.features(k)
-        extras = {}
+        if self.choice.query_features is not None:
+            q = self.choice.query_features(q)
+        extras: dict[str, Any] = dict(self.learned.items())
         for name, axes in self.choice.gates.items():
             raw = gate(name, self.heads_of(self.gates[name](x)))
             extras[name] = raw.squeeze(-1) if axes == "bhn" else raw
@@ -128,7 +134,8 @@ class Model(nn.Module):
     def state_bytes(self) -> int:
         """Bytes one row's recurrent states hold in all layers; 0 for an operator without a state."""
         total = 0
-        for mixer in self.mixers:
+        for block in self.mixers:
+            mixer: Any = block
             method = mixer.method
             if isinstance(method, Operator) and method.spec.initial is not None:
                 q, k, v, extras = mixer.inputs(self.embedding.weight[None, :1])

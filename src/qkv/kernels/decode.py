@@ -163,7 +163,7 @@ def decode_attention(
     splits: int | None = None,
     block: int = 64,
     warps: int = 4,
-    stages: int = 3,
+    stages: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token per row over the first `length` slots.
 
@@ -183,7 +183,7 @@ def decode_attention(
     r = h // g
     if splits is None:
         units = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-        splits = max(1, min(128, triton.cdiv(4 * units, b * g)))
+        splits = max(1, min(128, triton.cdiv(2 * units, b * g)))
     part = torch.empty(b * g * splits * r * e, dtype=torch.float32, device=q.device)
     lse = torch.empty(b * g * splits * r, dtype=torch.float32, device=q.device)
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=q.device)
