@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from qkv.testing import close
 B, H, N, D, E = 2, 2, 23, 5, 4
 
 
-def _draw() -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def _draw() -> tuple[list[torch.Tensor], dict[str, Any]]:
     rng = torch.Generator().manual_seed(0)
     draw = lambda *s: torch.randn(*s, generator=rng, dtype=torch.float64)  # noqa: E731
     q, k, v = draw(B, H, N, D), draw(B, H, N, D), draw(B, H, N, E)
@@ -102,7 +104,10 @@ def test_memora_stays_on_the_simplex_and_moneta_scales() -> None:
     memory = state["frozen"]
     assert (memory >= 0).all()
     close(memory.sum(-1), torch.ones(B, H, E, dtype=torch.float64), rtol=1e-9, what="rows of Memora")
-    still = {"log_decay": torch.zeros(B, H, N, dtype=torch.float64), "eta": torch.zeros(B, H, N, dtype=torch.float64)}
+    still: dict[str, Any] = {
+        "log_decay": torch.zeros(B, H, N, dtype=torch.float64),
+        "eta": torch.zeros(B, H, N, dtype=torch.float64),
+    }
     _, kept = memora(chunk_size=1)(q, k, v, initial_state=state, return_state=True, **still)
     close(kept["frozen"], memory, rtol=1e-9, what="alpha 1, eta 0")
     a = torch.randn(E, D, dtype=torch.float64)

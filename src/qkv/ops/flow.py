@@ -96,8 +96,8 @@ def loop(
         state, outs = _state(_sums(q, v, initial_state), initial_state, 0), []
         for t in range(q.shape[2]):
             here = None if padding is None else padding[:, t : t + 1]
-            one = (x[:, :, t : t + 1] for x in (q, k, v))
-            out, state = step(*one, state, padding=here, eps=eps, conserve=conserve)
+            q_t, k_t, v_t = (x[:, :, t : t + 1] for x in (q, k, v))
+            out, state = step(q_t, k_t, v_t, state, padding=here, eps=eps, conserve=conserve)
             outs.append(out)
         out = torch.cat(outs, 2)
         return (out, state) if return_state else out
@@ -160,9 +160,9 @@ def fast(
     out = (gate * out if conserve else out).to(dtype)
     if not return_state:
         return out
-    ends = (x[:, :, -1] for x in (k_sum, q_sum, kr, qi))
+    k_end, q_end, kr_end, qi_end = (x[:, :, -1] for x in (k_sum, q_sum, kr, qi))
     last = count[:, 0, -1].expand(q.shape[0]).to(s.count)
-    return out, _state(Sums(last, kv, *ends, total[:, :, -1, 0]), initial_state, n)
+    return out, _state(Sums(last, kv, k_end, q_end, kr_end, qi_end, total[:, :, -1, 0]), initial_state, n)
 
 
 def initial(q: Tensor, k: Tensor, v: Tensor) -> State:
@@ -239,8 +239,10 @@ def _sums(q: Tensor, v: Tensor, state: State | None) -> Sums:
     b, h, d, e = q.shape[0], q.shape[1], q.shape[-1], v.shape[-1]
     if state is None:
         zeros = {"dtype": wide(q), "device": q.device}
-        vectors = (torch.zeros(b, h, d, **zeros) for _ in range(4))
-        return Sums(torch.zeros(b, **zeros), torch.zeros(b, h, d, e, **zeros), *vectors, torch.zeros(b, h, **zeros))
+        vectors = torch.zeros(4, b, h, d, **zeros).unbind(0)
+        return Sums._make(
+            (torch.zeros(b, **zeros), torch.zeros(b, h, d, e, **zeros), *vectors, torch.zeros(b, h, **zeros))
+        )
     shapes = {"count": (b,), "kv": (b, h, d, e), "w": (b, h)} | dict.fromkeys(
         ("keys", "queries", "kr", "qi"), (b, h, d)
     )

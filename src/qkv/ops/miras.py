@@ -24,6 +24,7 @@ Behrouz et al. 2025, It's All Connected, arXiv:2504.13173.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, final
 
@@ -66,7 +67,7 @@ def reference(
     m, outs = _memory(q, v, initial_state, chosen), []
     for t in range(tokens):
         here = None if padding is None else padding[:, t]
-        out, m = _token(*(x[:, :, t] for x in (q, k, v, *gates)), m, here, chosen)
+        out, m = _token([x[:, :, t] for x in (q, k, v, *gates)], m, here, chosen)
         outs.append(out)
     out = torch.stack(outs, 2).to(dtype)
     return (out, after("miras", initial_state, tokens, **m._asdict())) if return_state else out
@@ -92,7 +93,7 @@ def fast(
     total = m.count + real.sum(1)  # slots filled at the end, [B]
     outs = []
     for j, parts in enumerate(zip(*slots, strict=True)):
-        out, state = _chunk(*parts, m.state, m.frozen, chosen)
+        out, state = _chunk(parts, m.state, m.frozen, chosen)
         whole = (total >= (j + 1) * size)[:, None, None, None]
         m = Memory(*_ended(state, m.frozen, whole, chosen), m.count)
         outs.append(out)
@@ -147,18 +148,9 @@ class Memory(NamedTuple):
     count: Tensor
 
 
-def _token(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    eta: Tensor,
-    delta: Tensor,
-    m: Memory,
-    real: Tensor | None,
-    rule: Rule,
-) -> tuple[Tensor, Memory]:
-    """One token ``[B, H, .]`` of rows that may differ in where their chunks end."""
+def _token(inputs: Sequence[Tensor], m: Memory, real: Tensor | None, rule: Rule) -> tuple[Tensor, Memory]:
+    """One token: q, k, v, log_decay, eta, delta ``[B, H, .]`` of rows that may differ in where their chunks end."""
+    q, k, v, log_decay, eta, delta = inputs
     u = slope((m.frozen @ k.unsqueeze(-1)).squeeze(-1), v, log_decay, delta, rule)
     state = log_decay.exp().unsqueeze(-1) * m.state - (eta * u).unsqueeze(-1) * k.unsqueeze(-2)
     count = m.count + 1
@@ -170,18 +162,9 @@ def _token(
     return out, Memory(*_ended(state, m.frozen, whole, rule), count % rule.chunk_size)
 
 
-def _chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    eta: Tensor,
-    delta: Tensor,
-    state: Tensor,
-    frozen: Tensor,
-    rule: Rule,
-) -> tuple[Tensor, Tensor]:
-    """A chunk ``[B, H, C, .]``: its outputs ``[B, H, C, E]`` and A after it."""
+def _chunk(inputs: Sequence[Tensor], state: Tensor, frozen: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """A chunk of q, k, v, log_decay, eta, delta ``[B, H, C, .]``: its outputs ``[B, H, C, E]`` and A after it."""
+    q, k, v, log_decay, eta, delta = inputs
     u = -eta * slope(k @ frozen.mT, v, log_decay, delta, rule)  # [B, H, C, E]
     total = log_decay.cumsum(2)
     fade = (total.unsqueeze(3) - total.unsqueeze(2)).clamp(max=0.0).exp()  # [B, H, C, C, 1 | E]
