@@ -51,6 +51,13 @@ def reference(queries: Tensor, keys: Tensor, *, budget: int, sinks: int, refresh
     return torch.tensor(sorted([*forced, *others][:budget]))
 
 
+def _newest(view: Reading, many: int) -> tuple[Tensor, Tensor]:
+    """The newest queries of each row ``[B, H, W, D]`` and their positions ``[B, W]``, -1 = none."""
+    asked, column = view.position.topk(min(many, view.position.shape[1]), dim=-1)
+    place = column[:, None, :, None].expand(-1, view.queries.shape[1], -1, view.queries.shape[3])
+    return view.queries.gather(2, place), asked
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class LoopServe(Reader):
@@ -185,10 +192,3 @@ class LoopServe(Reader):
             some = Selection(every, torch.where(covered[:, None, None, None], seen, mine[..., :count]))
         self._refresh(view)
         return some
-
-
-def _newest(view: Reading, many: int) -> tuple[Tensor, Tensor]:
-    """The newest queries of each row ``[B, H, W, D]`` and their positions ``[B, W]``, -1 = none."""
-    asked, column = view.position.topk(min(many, view.position.shape[1]), dim=-1)
-    place = column[:, None, :, None].expand(-1, view.queries.shape[1], -1, view.queries.shape[3])
-    return view.queries.gather(2, place), asked
