@@ -318,7 +318,7 @@ def measure(rows: Rows, quick: bool) -> None:
     print(f"{rows.seconds():5.0f} s  {limits}", flush=True)
     right: dict[str, bool] = dict.fromkeys(GATES, True)
     for case in CHECKS:
-        if rows.room(f"check {case}", 45 if case[0] != "bf16" else 30):
+        if rows.room(f"check {case}", 8):
             row = check(*case)
             right[case[1]] &= row["passed"]
             rows.add("checks", row)
