@@ -24,7 +24,8 @@ def unevenness(device: str) -> float:
     state, weights = initial(q, k, one), []
     for t in range(64):
         before = state["kv"]
-        _, state = step(*(y[:, :, t : t + 1] for y in (q, k, one)), state)
+        now = slice(t, t + 1)
+        _, state = step(q[:, :, now], k[:, :, now], one[:, :, now], state)
         weights.append(((state["kv"] - before).sum() / k[:, :, t].sigmoid().sum()).item())
     c = torch.tensor(weights)
     return (c.std() / c.mean()).item()

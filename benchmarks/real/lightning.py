@@ -14,7 +14,7 @@ import qkv
 from qkv.bench.record import Figure, record
 
 
-def decoding(device: str, quick: bool) -> list[dict[str, object]]:
+def decoding(device: str, quick: bool) -> list[dict[str, float]]:
     """Milliseconds and state bytes of a decoded token after prefills of growing length."""
     method, rows = qkv.method("lightning:layer=1,layers=4"), []
     for length in (64, 256) if quick else (512, 2048, 8192):

@@ -6,6 +6,7 @@ python benchmarks/real/lightning2.py [--device cuda]
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from qkv.ops._common.slopes import decay_slopes
 
 def captured(device: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k (after silu) and v of a middle layer of SmolLM2 on real text, ``[1, H|G, N, 64]``."""
-    model, tokenizer = smollm2(dtype=torch.float32)
+    loaded, tokenizer = smollm2(dtype=torch.float32)
+    model: Any = loaded
     model, seen = model.to(device).eval(), []
     with observe(model, lambda site, call: seen.append((call.q, call.k, call.v))), torch.no_grad():
         model(tokens(tokenizer, count, 20000).to(device), use_cache=False)

@@ -5,6 +5,8 @@ python benchmarks/real/miras.py [--device cuda]
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from _recall import Choice, arguments, language
@@ -26,8 +28,9 @@ MEMORIES = {
 def vectors(count: int) -> Tensor:
     """Embeddings of `count` different words of real text in SmolLM2, centred and of length 1, ``[count, 576]``."""
     model, tokenizer = smollm2(dtype=torch.float32)
+    embeddings: Any = model.get_input_embeddings()
     ids = tokens(tokenizer, 40 * count, 20000).unique()[::2][:count]
-    x = model.get_input_embeddings().weight.detach()[ids]
+    x = embeddings.weight.detach()[ids]
     return F.normalize(x - x.mean(0), dim=-1)
 
 
@@ -59,7 +62,7 @@ def main() -> None:
     table, figures = [], []
     for name in MEMORIES:
         rates = (0.03, 0.1, 0.3, 1.0)
-        row = {"memory": name}
+        row: dict[str, Any] = {"memory": name}
         for label, mask in (("clean", clean), ("a tenth corrupted", dirty)):
             row[f"error, {label}"] = round(min(recalled(name, x, mask, r, passes) for r in rates), 4)
         table.append(row)

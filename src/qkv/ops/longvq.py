@@ -85,8 +85,8 @@ def reference(
     stays = ((slots[:, :, None] == place[:, None]) & there[:, None]).unsqueeze(1)  # [B, 1, 2 L, 2 L + N]
     leaves = (there & (place < start[:, None]))[:, None, :, None] & (codes.unsqueeze(-1) == _numbers(codebook))
     counts, means = _folded(m.counts, m.means, leaves.to(values), values)
-    chosen = (stays.to(values) @ x for x in (keys, values))
-    ends = Memory(counts, means, *chosen, (stays * codes.unsqueeze(2)).sum(-1), position)
+    inside = stays.to(values)
+    ends = Memory(counts, means, inside @ keys, inside @ values, (stays * codes.unsqueeze(2)).sum(-1), position)
     return out, after("longvq", initial_state, q.shape[2], **ends._asdict())
 
 
