@@ -15,8 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.attention.bias import causal_lower_right
 
 from qkv.core.errors import InvalidInput
 
@@ -192,6 +190,8 @@ def sdpa(
     if width < d and not q.is_cuda:  # torch's fused CPU kernel wants one width: zeros do not change the other columns
         v = F.pad(v, (0, d - width))
     if causal and 1 < n < m and mask is None and not dropout and _flash(q, k, v):
+        from torch.nn.attention.bias import causal_lower_right  # loads much that a CPU never needs
+
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n, m), scale=scale, enable_gqa=h != g)
     if causal and n > 1 and (m != n or mask is not None):
         c = causal_mask(n, m, q.device)
@@ -229,4 +229,4 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether torch's flash kernel serves these: it takes a lower-right causal mask without writing it out."""
     if not q.is_cuda or torch.compiler.is_compiling():
         return False
-    return can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1]))
+    return torch.backends.cuda.can_use_flash_attention(torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1]))
