@@ -77,7 +77,7 @@ class Index(ABC):
 
 def _padded(x: Tensor, shape: list[int]) -> Tensor:
     pads = [pad for have, want in zip(reversed(x.shape[1:]), reversed(shape), strict=True) for pad in (0, want - have)]
-    fill = 0 if x.is_floating_point() else -1
+    fill = -1 if x.dtype.is_signed and not x.is_floating_point() else 0
     return F.pad(x, pads, value=fill) if any(pads) else x
 
 
