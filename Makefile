@@ -37,12 +37,16 @@ $(VENV)/.docs: $(VENV)/.setup
 bench: setup
 	$(BIN)/qkv bench smollm2 $(ARGS)
 
-# Tests load models from folders only; offline mode keeps a missing network from costing minutes of retries.
+# Tests load models from folders only; offline mode keeps a missing network from costing minutes of retries. Their tensors are
+# tiny, so a process per core with one thread each is the fastest.
+WORKERS ?= 2
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 nightly: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 fmt: setup
 	$(BIN)/ruff check --fix .

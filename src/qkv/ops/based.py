@@ -9,6 +9,8 @@ softmax layers and gated convolutions: `based_layout` says which is which; D is 
 
 State: KV ``[B, H, F, E]`` and K ``[B, H, F]`` over the packed features of the keys (the scale is on the query's side).
 
+No setting makes it another operator of this library.
+
 Axes: B batch, H query heads, G key/value heads, N tokens, C chunk, D feature width, E value width.
 Arora et al. 2024, Simple linear attention language models balance the recall-throughput tradeoff, arXiv:2402.18668.
 """

@@ -18,6 +18,8 @@ The weight c_j of a source is fixed when its token arrives; that makes the causa
 
 State: `count` ``[B]``, `kv` ``[B, H, D, E]``, `keys`, `queries`, `kr`, `qi` (K, Q, KR, QI) ``[B, H, D]``, `w` ``[B, H]``.
 
+No setting makes it another operator of this library.
+
 Axes: B batch, H query heads, G key/value heads, N queries (sinks), M keys (sources), C chunk, D key width, E value width.
 Wu et al. 2022, Flowformer: Linearizing Transformers with Conservation Flows, arXiv:2202.06258.
 """

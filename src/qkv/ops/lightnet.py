@@ -10,6 +10,8 @@ virtual token of logit 0 and value 0 came first, as in the authors' later code. 
 
 State: h ``[B, H, D, E]`` and z ``[B, H, D]`` (-1e30 before the first token); neither is of use without the other.
 
+No setting makes it another operator of this library.
+
 Axes: B batch, H query heads, G key/value heads, N queries, M keys, C chunk, D key width, E value width.
 Qin et al. 2024, You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet, arXiv:2405.21022.
 """

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qkv.core.operator import Operator, OperatorSpec
-from qkv.core.spec import Extra, param
+from qkv.core.spec import Extra, Limit, param
 from qkv.core.state import State
 from qkv.ops._common.decayed import decayed_linear_attention
 from qkv.ops._common.states import after, matrix, per_head, wide
@@ -120,6 +120,7 @@ class Lightning2(Operator):
         shown="Equal to the whole map on real text; time per token flat in the length where softmax attention's grows.",
         honest="Scores have no bound and nothing is normalised: use bfloat16 or float32 and a norm after it; what fades does "
         "so at a fixed rate, whatever the text says.",
+        limits=(Limit(equals="linear", inputs={"slopes": 0.0}, says="without decay: plain causal linear attention"),),
         trials=({}, {"chunk_size": 5}, {"mode": "recurrent"}, {"mode": "quadratic"}),
         causal="only",
         cross=False,

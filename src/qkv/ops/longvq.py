@@ -14,6 +14,8 @@ codebook's moving averages belong to the layer. Keys must not be rotated by posi
 State: per key head `counts` ``[B, G, S]`` and `means` ``[B, G, S, E]`` of the codes; the window's `keys` ``[B, G, 2 L, D]``
 (as they are scored), `values` and `codes`, slots 0..L-1 the previous block; `position` ``[B]``.
 
+No setting makes it another operator of this library.
+
 Axes: B batch, H query heads, G key/value heads, N tokens, L block, S codes, w distances with a bias, D key width, E value width.
 Liu et al. 2024, LongVQ: Long Sequence Modeling with Vector Quantization on Structured Memory, arXiv:2404.11163.
 """

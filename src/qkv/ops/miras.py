@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.core.operator import Operator, OperatorSpec
-from qkv.core.spec import Extra, param
+from qkv.core.spec import Extra, Limit, param
 from qkv.core.state import State
 from qkv.ops._common.states import after, per_head, wide
 
@@ -262,6 +262,14 @@ class Miras(Operator):
         "and that better than sums.",
         honest="Chunks are sequential, and the chunk size is part of the function: a model must be decoded with the one it was "
         "trained with.",
+        limits=(
+            Limit(
+                equals="linear",
+                parameters={"loss": "dot", "retention": "decay", "normalise": False, "chunk_size": 1},
+                inputs={"log_decay": 0.0, "eta": 1.0},
+                says="the dot product as loss, nothing forgotten: plain causal linear attention, unscaled",
+            ),
+        ),
         trials=(
             {"chunk_size": 4},
             {"loss": "lp", "retention": "norm", "chunk_size": 4},

@@ -703,5 +703,8 @@ def declared_limits(case: Case) -> None:
             expect(both, f"{case.spec.id} and {limit.equals} share no causal mode")
             for causal in both:
                 shared = {n: x for n, x in filled.items() if n in other.spec.extras}
+                if other.spec.scale is not None:  # the same scale on both sides, whatever their defaults
+                    d = inputs.q.shape[-1]
+                    shared["scale"] = 1.0 if case.spec.scale is None else case.spec.scale(d)
                 want = other(inputs.q, inputs.k, inputs.v, causal=causal, form="reference", **shared)
                 close(call(mine, inputs, causal=causal), want, what=f"{limit.equals} ({limit.says})", **slack(case))
