@@ -402,3 +402,18 @@ def test_a_report_says_what_stays_with_the_model() -> None:
         model.generate(torch.randint(1, 97, (1, 40)), max_new_tokens=6, do_sample=False)
         report = qkv.report(model)
     assert 0 < report.resident < report.full_bytes / 4 < report.bytes
+
+
+def test_slots_that_hold_nothing_cannot_spoil_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory comes as the system gives it: were it not cleared, a shorter row would read what lies behind its tokens."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(torch.nan))
+    q, k, v = draw(60, b=2)
+    padding = torch.ones(2, 60, dtype=torch.bool)
+    padding[1, :9] = False
+    position = (padding.int().cumsum(-1) - 1).masked_fill(~padding, -1)
+    layer = memory()
+    for start, stop in ((0, 20), (20, 21), (21, 50), (50, 51), (51, 60)):
+        at = slice(start, stop)
+        out = layer.attend(q[:, :, at], k[:, :, at], v[:, :, at], Step(position[:, at], D**-0.5, padding[:, :stop]))
+        assert out[:, :, max(0, 9 - start) :].isfinite().all()
