@@ -4,9 +4,9 @@
 
 The shape is a site of an 8B Llama (32 heads, 8 KV heads, width 128) in bfloat16 with random keys. A step is everything that
 decoding does at a site: the new token is stored, what is read is chosen, attention runs, something is evicted or packed.
-Times are medians of replayed CUDA graphs. `copy_ms` is the time in which this device copies as many bytes as the method holds, half
-of them read and half written (for methods that hold everything but read a part: as many as the full cache holds). Shares of the context are given as numbers
-of tokens, so that each method holds what it would hold after a prompt of the context.
+Times are medians of replayed CUDA graphs. `copy_ms` is the time in which this device copies as many bytes as the method holds,
+half of them read and half written (for methods that hold everything but read a part: as many as the full cache holds).
+Shares of the context are given as numbers of tokens, so that each method holds what it would hold after such a prompt.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.testing import do_bench_cudagraph
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from triton.testing import do_bench_cudagraph
 
 import qkv
 from qkv.bench.environment import environment, write_json

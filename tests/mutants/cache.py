@@ -21,9 +21,9 @@ from qkv.caches.h2o import H2O
 from qkv.caches.kivi import KIVI
 from qkv.caches.lazyeviction import LazyEviction
 from qkv.caches.pyramidkv import PyramidKV
-from qkv.caches.snapkv import SnapKV
 from qkv.caches.quest import Quest
 from qkv.caches.razorattention import RazorAttention
+from qkv.caches.snapkv import SnapKV
 from qkv.caches.streamingllm import StreamingLLM
 from qkv.caches.window import Window
 from qkv.core.cache import Geometry, LayerCache, Step

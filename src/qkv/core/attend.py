@@ -229,4 +229,5 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether torch's flash kernel serves these: it takes a lower-right causal mask without writing it out."""
     if not q.is_cuda or torch.compiler.is_compiling():
         return False
-    return torch.backends.cuda.can_use_flash_attention(torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1]))
+    facts = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1])
+    return torch.backends.cuda.can_use_flash_attention(facts)

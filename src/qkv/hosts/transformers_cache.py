@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ def cache_manifest(cache: Cache, input_ids: Tensor | None) -> tuple[dict[str, An
     """What is to be written of a filled cache: its part of the manifest, and its tensors by layer and name."""
     tensors: dict[str, Tensor] = {}
     held: list[int] = []
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(cast(list[Any], cache.layers)):
         if not isinstance(layer, QKVLayer):
             if int(layer.get_seq_length()) > 0:
                 raise Refused(
@@ -120,7 +120,7 @@ def cache_manifest(cache: Cache, input_ids: Tensor | None) -> tuple[dict[str, An
             raise StateError("the cache is in the middle of speculative decoding; crop it first")
         held.append(i)
         tensors |= {f"{i}/{name}": x for name, x in layer.memory.tensors().items()}
-    seen = cache.layers[held[0]].get_seq_length() if held else 0
+    seen = cast(list[Any], cache.layers)[held[0]].get_seq_length() if held else 0
     if not seen:
         raise StateError("the cache is empty; there is nothing to save")
     if input_ids is not None:

@@ -25,7 +25,7 @@ def _fold(
     q, top, total, out, k_base, v_base, p_base, j, high, scale2, D, E, k_c, v_c, d, e,
     HAS_POSITION: tl.constexpr, BOUND: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax: the running (top, total, out) with the keys j. BOUND: some lie past `high`; EVEN: D and E fill their tiles."""
+    """Online softmax: the running (top, total, out) with the keys j. BOUND: some lie past `high`. EVEN: D, E fill their tiles."""
     k_at = k_base + j[None, :].to(tl.int64) * k_c + d[:, None]
     v_at = v_base + j[:, None].to(tl.int64) * v_c + e[None, :]
     live = j < high

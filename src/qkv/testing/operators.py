@@ -702,7 +702,7 @@ def declared_limits(case: Case) -> None:
             both = [c for c in modes(case.spec) if c in modes(other.spec)]
             expect(both, f"{case.spec.id} and {limit.equals} share no causal mode")
             for causal in both:
-                shared = {n: x for n, x in filled.items() if n in other.spec.extras}
+                shared: dict[str, Any] = {n: x for n, x in filled.items() if n in other.spec.extras}
                 if other.spec.scale is not None:  # the same scale on both sides, whatever their defaults
                     d = inputs.q.shape[-1]
                     shared["scale"] = 1.0 if case.spec.scale is None else case.spec.scale(d)
