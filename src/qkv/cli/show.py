@@ -46,7 +46,7 @@ def _print(spec: Any) -> None:
     console.print(Text(f"{spec.id} · {spec.kind} · {spec.paper} · definition from: {spec.source}"))
     facts = [
         ("", spec.summary),
-        ("Shown on real input", spec.shown),
+        ("Expected on real input", spec.shown),
         ("Its limit", spec.honest),
         *(("Equals " + x.equals, x.says or str(dict(x.parameters))) for x in spec.limits),
         *(("Deviates from " + x.law, x.reason) for x in spec.deviations),
