@@ -140,12 +140,12 @@ class StaleValues(RankedCache):
 class NewestTwice(RankedCache):
     """A step attends to its own token twice."""
 
-    def _read(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, step: Step) -> Any:
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, step: Step, *more: Any) -> Any:
         at = self.position[:, :, : self.filled].argmax(-1, keepdim=True).unsqueeze(-1)
         k, v = (torch.cat((x, x.gather(2, at.expand(-1, -1, -1, x.shape[3]))), 2) for x in (k, v))
         if position is not None:
             position = torch.cat((position, at[..., 0].new_zeros(*at.shape[:3]).to(position.dtype)), 2)
-        return super()._read(q, k, v, position, step)
+        return super()._read(q, k, v, position, step, *more)
 
 
 class OnlyCounts(RankedCache):
