@@ -74,6 +74,19 @@ def test_quest_reads_the_best_pages() -> None:
             assert {s // 4 for s in read.slot[row, kv, 0].tolist() if s >= 0} == want
 
 
+def test_quest_tells_what_a_step_read() -> None:
+    """Chosen pages and all bounds; everything where the layer is dense or nothing was chosen yet."""
+    q, k, v = drawn(41)
+    chosen, dense = (quest.Quest(budget=12, block_size=4, dense_layers=n).layer(geometry()) for n in (0, 5))
+    for layer in (chosen, dense):
+        feed(layer, q, k, v, 40)
+        assert layer.read_bytes() == layer.bytes()
+        feed(layer, q, k, v, 1)
+    bounds = sum(x.numel() * x.element_size() for x in chosen.features.values())
+    assert chosen.read_bytes() == B * G * 12 * 2 * D * 8 + bounds < chosen.bytes()
+    assert dense.read_bytes() == dense.bytes()
+
+
 def test_quest_needs_room_for_a_page() -> None:
     with pytest.raises(InvalidParameter, match="less than one page"):
         quest.Quest(budget=8, block_size=16)

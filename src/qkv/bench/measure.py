@@ -302,7 +302,7 @@ class Runner:
         memories = [layer.memory for layer in getattr(cache, "layers", []) if hasattr(layer, "memory")]
         if len(memories) < len(done.sites):
             return done.bytes
-        return sum(m.read_bytes() if hasattr(m, "read_bytes") else m.bytes() for m in memories)
+        return sum(m.read_bytes() for m in memories)
 
     def _read_by_pattern(self, cache: Any, pattern: Pattern) -> int:
         found = [0]

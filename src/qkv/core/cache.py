@@ -192,6 +192,10 @@ class LayerCache(ABC):
         """
         return self.bytes()
 
+    def read_bytes(self) -> int:
+        """Bytes of stored keys, values and index that the last one-token step read; default: all that are held."""
+        return self.bytes()
+
     def full_bytes(self, k: Tensor, v: Tensor) -> int:
         """Bytes that a plain cache of the tokens seen would hold; k, v as last handed to `attend`."""
         return k.shape[0] * self.seen * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()

@@ -62,6 +62,7 @@ class SelectiveCache(Recording):
         self.seen = 0
         self.prompt = None
         self.recording = False
+        self.chosen: int | None = None  # slots, over heads, that the newest call gathered; None: it read everything
         self._forget_runs()
 
     # -- one call -------------------------------------------------------------------------------------------------
@@ -284,6 +285,7 @@ class SelectiveCache(Recording):
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, step: Step, first: bool) -> Tensor:
         """A call in full, in logical columns: the same attention as a plain cache gives."""
+        self.chosen = None
         assert self.keys is not None and self.values is not None
         if self.watch is not None:
             self.watch(Read(None))
@@ -304,6 +306,7 @@ class SelectiveCache(Recording):
 
     def _everything(self, q: Tensor, place: Tensor, step: Step) -> Tensor:
         """Each query reads all that precedes it, in slots."""
+        self.chosen = None
         assert self.keys is not None and self.values is not None
         if self.watch is not None:
             self.watch(Read(None))
@@ -333,6 +336,7 @@ class SelectiveCache(Recording):
 
     def _gathered(self, view: Reading, selection: Selection, step: Step) -> Tensor:
         """Attention over the chosen blocks alone."""
+        self.chosen = selection.index.shape[1] * selection.index.shape[3] * self.block
         moved = type(self.reader).shift is not Reader.shift
         if view.slot32 is not None and not moved and step.compute is None and self.watch is None:
             return self._in_place(view, selection)
@@ -572,6 +576,13 @@ class SelectiveCache(Recording):
         """Bytes of all storages held: keys, values, the index, notes, unused capacity included."""
         held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self._held()}
         return sum(held.values())
+
+    def read_bytes(self) -> int:
+        """See `LayerCache.read_bytes`: the gathered keys and values and the index that chose them, or everything."""
+        if self.keys is None or self.values is None or self.chosen is None:
+            return self.bytes()
+        width = (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
+        return self.keys.shape[0] * self.chosen * width + sum(x.numel() * x.element_size() for x in self.features.values())
 
     def kept(self) -> int:
         """Tokens of the longest row."""
