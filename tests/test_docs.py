@@ -78,6 +78,25 @@ def test_a_result_of_no_method_is_refused(generate, tmp_path, monkeypatch):
 # -- records
 
 
+def _numbers(x):
+    if isinstance(x, (dict, list)):
+        for v in x.values() if isinstance(x, dict) else x:
+            yield from _numbers(v)
+    elif isinstance(x, (int, float)):
+        yield float(x)
+
+
+def test_every_figure_in_a_verdict_is_in_its_record():
+    """Words are written by hand, figures are not: each is a number of the record, rounded."""
+    results = ROOT / "benchmarks" / "results"
+    for name, text in json.loads((results / "verdicts.json").read_text(encoding="utf-8")).items():
+        known = read_json(results / "real" / f"{name}.json")
+        measured = list(_numbers([known["figures"], known["table"]]))
+        for said in re.findall(r"\d+\.\d+", text):
+            slack = 0.501 * 10 ** -len(said.partition(".")[2])
+            assert any(abs(x - float(said)) <= slack for x in measured), f"{name}: {said}"
+
+
 def test_records_in_the_repository_are_complete():
     assert set(read_records(ROOT / "benchmarks" / "results" / "real")) <= set(registry.ids())
 

@@ -109,8 +109,8 @@ def main() -> None:
         "full": None,
         "loopserve 25 %": LoopServe(budget=budget),
         "loopserve 25 %, exact prompts": LoopServe(budget=budget, alpha=1.0),
-        "loopserve 25 %, exact prompts, 16 queries choose every 16": LoopServe(
-            budget=budget, alpha=1.0, window=16, refresh=16
+        "loopserve 25 %, exact prompts, 2 queries choose, then every 8": LoopServe(
+            budget=budget, alpha=1.0, window=2, refresh=8
         ),
         "snapkv 25 %": f"snapkv:budget={budget}",
         "chosen once 25 % (control)": ChosenOnce(budget=budget, alpha=1.0),

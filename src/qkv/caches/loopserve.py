@@ -13,9 +13,9 @@ largest score, `sinks` and the last `refresh` tokens always among them:
 with the last `window` queries when a prompt ends, and the `refresh` latest queries of the answer every `refresh` steps, over all
 that is stored: a dropped token can return. A choice serves from the next step on.
 
-The abstract gives both phases. Completed here: constants (few queries choose often: a sum over sixteen is a vote on their
-surroundings, in which a number that one of them looks for is lost), the row sample (evenly spaced where chance would do), forced
-cells and tokens, the sum over a group's heads.
+The abstract gives both phases. Completed here: constants, the row sample (evenly spaced where chance would do), forced cells and
+tokens, the sum over a group's heads. A sum over sixteen queries is a vote on their surroundings, in which a number
+that one of them looks for may be lost: ``window=2, refresh=8`` lets few queries choose often.
 
 Axes: B batch, H query heads, G key/value heads, W queries that choose, S slots, K chosen. Paper: arXiv:2507.13681.
 """
@@ -78,9 +78,9 @@ class LoopServe(Reader):
     )
     alpha: float = param(0.95, "share of the sampled mass that a prompt's lines cover (1: exact)", low=0.0, high=1.0)
     budget: int | float = budget_param(1024, "tokens chosen per KV head: an int is a number, a float a share")
-    refresh: int = param(8, "answered tokens from one choice to the next, all of which are read", low=1)
+    refresh: int = param(16, "answered tokens from one choice to the next, all of which are read", low=1)
     sample: int = param(64, "last queries of a prompt whose rows are sampled; of the others a tenth", low=1)
-    window: int = param(2, "last queries of a prompt that make its choice", low=1)
+    window: int = param(16, "last queries of a prompt that make its choice", low=1)
     sinks: int = param(4, "first tokens that are always chosen", low=0)
 
     stateful: ClassVar[bool] = True
