@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from qkv import hosts
-from qkv.core.errors import InvalidParameter, NeverFired, NotApplied, Refused
+from qkv.core.errors import InvalidParameter, Refused
 
 
 def drop_layers(model: Any, keep: Sequence[int]) -> Any:
@@ -47,13 +47,7 @@ def drop_layers(model: Any, keep: Sequence[int]) -> Any:
 
 def carries_methods(model: Any) -> bool:
     """Whether `qkv.apply` has put something into the model."""
-    try:
-        hosts.report(model)
-    except NotApplied:
-        return False
-    except NeverFired:
-        return True
-    return True
+    return bool(hosts.carried(model))
 
 
 def _stack(model: Any, names: list[str]) -> str:

@@ -16,8 +16,8 @@ from qkv.core.site import Site
 from qkv.core.spec import Method
 
 __all__ = [
-    "applied", "apply", "attending", "fresh_cache", "load_cache", "observe", "plan", "report", "revert", "save", "save_cache",
-    "sites",
+    "applied", "apply", "attending", "carried", "fresh_cache", "load_cache", "observe", "plan", "report", "revert", "save",
+    "save_cache", "sites",
 ]  # fmt: skip
 
 
@@ -69,6 +69,11 @@ def applied(
         yield model
     finally:
         revert(model)
+
+
+def carried(model: Any) -> list[tuple[Method, list[str]]]:
+    """The methods that `model` carries, in the order they were applied, with the names of their sites; [] for a plain model."""
+    return _host(model).carried(model)
 
 
 def report(model: Any) -> Any:

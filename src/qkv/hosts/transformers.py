@@ -797,6 +797,12 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def carried(model: PreTrainedModel) -> list[tuple[Method, list[str]]]:
+    """See `qkv.hosts.carried`."""
+    session = model.__dict__.get(_ATTRIBUTE)
+    return [] if session is None else [(e.method, [s.name for s in e.sites]) for e in session.entries]
+
+
 def report(model: PreTrainedModel) -> Report:
     """See `qkv.report`."""
     session = _session(model, "report")
