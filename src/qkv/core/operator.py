@@ -14,10 +14,26 @@ from torch import Tensor
 from qkv.core import registry
 from qkv.core.attend import check_finite, check_qkv, readable
 from qkv.core.errors import InvalidInput, MissingDependency, Refused, UnknownName
-from qkv.core.spec import Extra, Method, Spec, near
+from qkv.core.spec import Extra, Method, Place, Spec, near
 from qkv.core.state import State
 
 Form = Literal["auto", "reference", "fast", "kernel", "loop"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wiring:
+    """What an operator's definition leaves to the layer that holds it; a layer reads it, the operator itself never does.
+
+    queries, keys: feature maps of the projections. key_width: D of a head, None: as wide as its values. rotary: positions are
+    rotated into queries and keys. settings: parameters that depend on the place, ``settings(place) -> {name: value}``; what
+    a user sets wins.
+    """
+
+    queries: Callable[[Tensor], Tensor] | None = None
+    keys: Callable[[Tensor], Tensor] | None = None
+    key_width: int | None = None
+    rotary: bool = False
+    settings: Callable[[Place], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +55,7 @@ class OperatorSpec(Spec):
     extras: named extra inputs; the laws, bench, docs and layers read how to draw and check them from here.
     cross: N and M may differ (self-attention operators set False; ``"bidirectional"``: only without `causal`).
     A bidirectional call keeps no state. Axes ``s`` and ``w`` of an extra are sizes of its own (codes, a window).
+    wiring: what a layer puts around the operator, see `Wiring`.
     """
 
     kind: ClassVar[str] = "operator"
@@ -54,6 +71,7 @@ class OperatorSpec(Spec):
     cross: bool | Literal["bidirectional"] = True
     scale: Callable[[int], float] | None = field(default=lambda d: d**-0.5)
     extras: Mapping[str, Extra] = field(default_factory=dict)
+    wiring: Wiring = field(default_factory=Wiring)
 
 
 @dataclass(frozen=True, kw_only=True)

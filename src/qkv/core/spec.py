@@ -347,6 +347,39 @@ def _value(text: str) -> Any:
 Sampler = Callable[..., Any]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a layer stands in a model: what an operator's settings and learnt inputs may depend on.
+
+    layer: its number of `layers`, from 0. heads, key_width, value_width: H, D, E. grid: height and width of the tokens of an
+    image, None for a sequence.
+    """
+
+    layer: int = 0
+    layers: int = 1
+    heads: int = 1
+    key_width: int = 1
+    value_width: int = 1
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learnt:
+    """How a layer that is trained makes an extra: a projection of the tokens (role ``input``) or a stored tensor.
+
+    axes: which of the extra's alternatives. value: from raw numbers to valid ones, in float32 or wider (None: as they are).
+    rank: width of a bottleneck in the projection, 0 for none. start: the raw number to begin with (the projection's bias), or
+    a function ``start(place) -> Tensor`` of the whole raw parameter (axes ``s`` and ``w`` need one). trained: False for a stored
+    constant.
+    """
+
+    axes: str
+    value: Callable[[Any], Any] | None = None
+    rank: int = 0
+    start: float | Callable[[Place], Any] = 0.0
+    trained: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Extra:
     """A named extra input of an operator (a gate, a decay, a bias).
@@ -357,7 +390,7 @@ class Extra:
     keyword arguments. doc: one line, units. required: False when the operator has a default. low, high: valid
     range, inclusive. extremes: constants at the edge of what must still work; the laws fill the input with
     them. differentiable: False for a floating-point input that gets no gradient. An input with a token axis
-    (``n`` or ``m``) is filled with 0 at padded positions before use.
+    (``n`` or ``m``) is filled with 0 at padded positions before use. learnt: how a layer makes it, see `Learnt`.
     """
 
     axes: str
@@ -369,3 +402,4 @@ class Extra:
     high: float | None = None
     extremes: tuple[float, ...] = ()
     differentiable: bool = True
+    learnt: Learnt | None = None

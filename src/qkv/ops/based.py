@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.core.errors import InvalidParameter
-from qkv.core.operator import Operator, OperatorSpec
+from qkv.core.operator import Operator, OperatorSpec, Wiring
 from qkv.core.spec import param
 from qkv.core.state import State
 from qkv.ops._common.states import after, per_head, wide
@@ -199,6 +199,7 @@ class Based(Operator):
         loop=loop,
         initial=initial,
         step=step,
+        wiring=Wiring(key_width=16),
     )
     order: int = param(2, "terms of the expansion of exp after the constant", low=1, high=2)
     eps: float = param(1e-12, "added to the denominator", low=0.0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qkv.core.attend import causal_mask, sdpa
-from qkv.core.operator import Operator, OperatorSpec
+from qkv.core.operator import Operator, OperatorSpec, Wiring
 
 
 def reference(
@@ -76,4 +76,5 @@ class Full(Operator):
         reference=reference,
         fast=fast,
         loop=loop,
+        wiring=Wiring(rotary=True),
     )

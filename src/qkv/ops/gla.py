@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qkv.core.errors import InvalidParameter
 from qkv.core.operator import Operator, OperatorSpec
-from qkv.core.spec import Extra, Limit, param
+from qkv.core.spec import Extra, Learnt, Limit, param
 from qkv.core.state import State
 from qkv.ops._common.decayed import decayed_linear_attention, one_token
 
@@ -171,6 +171,7 @@ class GatedLinearAttention(Operator):
                 high=0.0,
                 extremes=(0.0, -1e-30, -20.0, -1e4),
                 doc="natural log of the share of the state kept at each step, at most 0",
+                learnt=Learnt(axes="bhnd", value=lambda x: F.logsigmoid(x) / 16, rank=16),
             )
         },
     )

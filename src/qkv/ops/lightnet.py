@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.core.errors import InvalidParameter
-from qkv.core.operator import Operator, OperatorSpec
+from qkv.core.operator import Operator, OperatorSpec, Wiring
 from qkv.core.spec import param
 from qkv.core.state import State
 from qkv.ops._common.decayed import decayed_linear_attention
@@ -169,6 +170,7 @@ class LightNet(Operator):
         loop=loop,
         initial=initial,
         step=step,
+        wiring=Wiring(queries=F.silu),
     )
     z_init: Literal["empty", "zero"] = param(
         "empty", "what came before the first token: nothing, or a virtual token of logit and value 0"

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.core.errors import InvalidParameter
-from qkv.core.operator import Operator, OperatorSpec
+from qkv.core.operator import Operator, OperatorSpec, Wiring
 from qkv.core.spec import Deviation, Limit, param
 from qkv.core.state import State
 from qkv.ops._common.decayed import decayed_linear_attention
@@ -193,6 +193,7 @@ class Lightning(Operator):
         loop=loop,
         initial=initial,
         step=step,
+        wiring=Wiring(settings=lambda place: {"layer": place.layer, "layers": place.layers}),
     )
     layer: int = param(0, "number of the layer, from 0", low=0)
     layers: int = param(24, "layers of the model; the last one hardly decays", low=1)

@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from qkv.core.operator import Operator, OperatorSpec
-from qkv.core.spec import Extra, Limit, param
+from qkv.core.operator import Operator, OperatorSpec, Wiring
+from qkv.core.spec import Extra, Learnt, Limit, Place, param
 from qkv.core.state import State
 from qkv.ops._common.decayed import decayed_linear_attention
+from qkv.ops._common.slopes import decay_slopes
 from qkv.ops._common.states import after, matrix, per_head, wide
 
 FORMS: dict[str, Literal["chunked", "recurrent", "quadratic"]] = {
@@ -105,6 +107,11 @@ def _sample(*shape: int, **kwargs: Any) -> Tensor:
     return torch.rand(*shape, **kwargs)
 
 
+def _released(place: Place) -> Tensor:
+    """The slopes of released models."""
+    return decay_slopes(place.heads, place.layer, place.layers)
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Lightning2(Operator):
@@ -139,8 +146,10 @@ class Lightning2(Operator):
                 required=False,
                 extremes=(0.0, 1e-30, 20.0, 1e4),
                 doc="what a step takes from the log of the state, at least 0; without it nothing fades",
+                learnt=Learnt(axes="h", start=_released, trained=False),
             )
         },
+        wiring=Wiring(queries=F.silu, keys=F.silu),
     )
     chunk_size: int = param(64, "tokens per block: matmuls inside, one state between", low=1)
     mode: Literal["chunk", "recurrent", "quadratic"] = param(

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.core.operator import Operator, OperatorSpec
-from qkv.core.spec import Extra, param
+from qkv.core.spec import Extra, Learnt, Place, param
 from qkv.core.state import State
 from qkv.ops._common.states import after, wide
 
@@ -252,6 +252,12 @@ def _normal(*shape: int, **kwargs: Any) -> Tensor:
     return torch.randn(*shape, **kwargs)
 
 
+def _codes(place: Place) -> Tensor:
+    """64 codes a head to begin with, each layer its own."""
+    draw = torch.Generator().manual_seed(place.layer)
+    return torch.randn(place.heads, 64, place.key_width, generator=draw)
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class LongVQ(Operator):
@@ -276,7 +282,11 @@ class LongVQ(Operator):
         step=step,
         extras={
             "codebook": Extra(
-                axes="gsd", sample=_normal, role="parameter", doc="S codes for the keys of each key head"
+                axes="gsd",
+                sample=_normal,
+                role="parameter",
+                doc="S codes for the keys of each key head",
+                learnt=Learnt(axes="gsd", start=_codes),
             ),
             "bias": Extra(
                 axes="hw",
@@ -284,6 +294,7 @@ class LongVQ(Operator):
                 role="parameter",
                 required=False,
                 doc="added to scores in the window by distance 0 .. w - 1, after the scale; none beyond",
+                learnt=Learnt(axes="hw", start=lambda place: torch.zeros(place.heads, 128)),
             ),
         },
     )

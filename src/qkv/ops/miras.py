@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.core.operator import Operator, OperatorSpec
-from qkv.core.spec import Extra, Limit, param
+from qkv.core.spec import Extra, Learnt, Limit, param
 from qkv.core.state import State
 from qkv.ops._common.states import after, per_head, wide
 
@@ -290,6 +290,7 @@ class Miras(Operator):
                 high=0.0,
                 extremes=(0.0, -20.0, -1e4),
                 doc="natural log of the share of the memory kept at each step, per row of it, at most 0",
+                learnt=Learnt(axes="bhne", value=F.logsigmoid, rank=32, start=3.0),
             ),
             "eta": Extra(
                 axes="bhn|bhne",
@@ -297,6 +298,7 @@ class Miras(Operator):
                 low=0.0,
                 extremes=(0.0,),
                 doc="step size of the online gradient step, per row of the memory, at least 0",
+                learnt=Learnt(axes="bhne", value=lambda x: 0.1 * F.softplus(x), rank=32),
             ),
             "delta": Extra(
                 axes="bhn",
@@ -305,6 +307,7 @@ class Miras(Operator):
                 required=False,
                 extremes=(0.0, 1e4),
                 doc="error beyond which the Huber loss is linear, at least 0; without it 1",
+                learnt=Learnt(axes="bhn", value=F.softplus),
             ),
         },
     )
