@@ -1,0 +1,145 @@
+r"""A small causal language model whose layers take any operator: linear, softmax and windowed layers in one list.
+
+    x += W_o norm(operator(q, k, v, ...)),   x += W2 (silu(W1 x) * W3 x),   both of rms(x),   logits = U rms(x)
+
+Layers are given one by one: ``CausalConfig(operators=("gla", "gla", "sliding-window:window=128", "full"))``. The state is a
+value: it goes in, comes out, is indexed by batch rows (beams), and is of constant size unless a layer is plain softmax. One
+token is one byte of UTF-8 by default. Axes: B batch, N tokens, W width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qkv.core.errors import InvalidInput, InvalidParameter, StateError
+from qkv.core.state import State
+from qkv.layers._mixer import Mixer, check_left_padded
+from qkv.models._blocks import Block, ModelConfig, Saved, fitted, gated_width, initialise
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CausalConfig(ModelConfig):
+    """Shape of a `CausalLM`.
+
+    vocabulary: tokens; 256 for bytes. inner: width of the gated layers, 0 for 8/3 of the width in steps of 32. conv: tokens
+    of the short convolution in every mixer, 0 for none. key_width: D of every head, 0 for what each operator asks for.
+    """
+
+    vocabulary: int = 256
+    width: int = 256
+    heads: int = 4
+    inner: int = 0
+    conv: int = 4
+    key_width: int = 0
+    rope_base: float = 10000.0
+
+    def check(self) -> None:
+        """See `ModelConfig.check`."""
+        self.positive("vocabulary", "width", "heads")
+        for name in ("inner", "conv", "key_width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0 or (name == "conv" and value == 1):
+                raise InvalidParameter(
+                    f"{name}={value!r} must be an int of at least {2 if name == 'conv' else 1}, or 0"
+                )
+        if self.width % self.heads:
+            raise InvalidParameter(f"width={self.width} must be a multiple of heads={self.heads}")
+        if not self.rope_base > 0:
+            raise InvalidParameter(f"rope_base={self.rope_base} must be positive")
+
+    def fitted(self, parameters: int) -> CausalConfig:
+        """The same with gated layers of such a width that the model has about `parameters` parameters."""
+        return fitted(self, parameters, lambda c: CausalLM.count(c))
+
+
+class Output(NamedTuple):
+    """logits ``[B, N, V]``; the state after the tokens, None unless it was kept."""
+
+    logits: Tensor
+    state: State | None
+
+
+@final
+class CausalLM(Saved):
+    """See the module. A fresh model has random weights from `seed`."""
+
+    kind: ClassVar[str] = "causal-lm"
+    config_class: ClassVar[type[ModelConfig]] = CausalConfig
+
+    def __init__(self, config: CausalConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = c = config
+        self.embed = nn.Embedding(c.vocabulary, c.width)
+        self.blocks = nn.ModuleList()
+        for i, method in enumerate(c.methods):
+            mixer = Mixer(method, c.width, c.heads, conv=c.conv, layer=i, layers=c.layers, key_width=c.key_width or None,
+                          rope_base=c.rope_base)  # fmt: skip
+            self.blocks.append(Block(mixer, c.width, gated_width(c.width, c.inner)))
+        self.last = nn.RMSNorm(c.width, eps=1e-6)
+        self.head = nn.Linear(c.width, c.vocabulary, bias=False)
+        if not self.head.weight.is_meta:
+            initialise(self, c.layers, seed)
+
+    @staticmethod
+    def count(config: CausalConfig) -> int:
+        """Trained numbers of a model of this configuration."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in CausalLM(config).parameters())
+
+    def forward(
+        self, ids: Tensor, *, padding: Tensor | None = None, state: State | None = None, keep: bool = False
+    ) -> Output:
+        """Logits of tokens ``[B, N]`` that follow those of `state`, and the state after them when `keep`.
+
+        padding: bool ``[B, N]``, True = real; rows are padded on the left, and only in the first call of a sequence. Raises
+        `InvalidInput`, `StateError`.
+        """
+        self._check(ids)
+        if padding is not None and state is not None:
+            raise InvalidInput("padding stands before a sequence: it is given with the first tokens, not after a state")
+        padding = check_left_padded(padding, ids)
+        parts = [None] * len(self.blocks) if state is None else self._parts(state)
+        x, after = self.embed(ids), {}
+        for i, (block, part) in enumerate(zip(self.blocks, parts, strict=True)):
+            x, new = block(x, padding=padding, state=part, keep=keep)
+            if new is not None:
+                after |= {f"{i}.{name}": tensor for name, tensor in new.tensors.items()}
+        logits = self.head(self.last(x))
+        if not keep:
+            return Output(logits, None)
+        return Output(logits, State(self._owner, after, ids.shape[1] + (0 if state is None else state.seen)))
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean nats a token of targets ``[B, N]``; targets below 0 do not count."""
+        return F.cross_entropy(self(ids).logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    @property
+    def _owner(self) -> str:
+        return f"{self.kind} of {', '.join(m.id for m in self.config.methods)}"
+
+    def _parts(self, state: State) -> list[State]:
+        """The layers' states. Raises `StateError` for the state of another model."""
+        state.of(self._owner)
+        out = []
+        for i, block in enumerate(self.blocks):
+            head = f"{i}."
+            tensors = {n[len(head) :]: x for n, x in state.tensors.items() if n.startswith(head)}
+            if not tensors:
+                raise StateError(f"the state holds nothing for layer {i}; pass one that this model returned")
+            out.append(State(block.mixer.owner, tensors, state.seen))  # type: ignore[union-attr]
+        return out
+
+    def _check(self, ids: Tensor) -> None:
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point():
+            got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+            raise InvalidInput(f"tokens must be ints [B, N] with B and N of at least 1; got {got}")
+        if ids.device.type == "cpu":
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= self.config.vocabulary:
+                raise InvalidInput(f"tokens run from {low} to {high}; this model has {self.config.vocabulary}")
