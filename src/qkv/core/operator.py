@@ -55,6 +55,7 @@ class OperatorSpec(Spec):
     extras: named extra inputs; the laws, bench, docs and layers read how to draw and check them from here.
     cross: N and M may differ (self-attention operators set False; ``"bidirectional"``: only without `causal`).
     A bidirectional call keeps no state. Axes ``s`` and ``w`` of an extra are sizes of its own (codes, a window).
+    causal_needs: optional extras without which a call is bidirectional (agents that do not depend on later tokens).
     wiring: what a layer puts around the operator, see `Wiring`.
     """
 
@@ -69,6 +70,7 @@ class OperatorSpec(Spec):
     padding: bool = True
     gqa: bool = True
     cross: bool | Literal["bidirectional"] = True
+    causal_needs: tuple[str, ...] = ()
     scale: Callable[[int], float] | None = field(default=lambda d: d**-0.5)
     extras: Mapping[str, Extra] = field(default_factory=dict)
     wiring: Wiring = field(default_factory=Wiring)
@@ -112,11 +114,13 @@ class Operator(Method):
         """See `attention`."""
         spec = self.spec
         if causal is None:
-            causal = spec.causal != "never"
+            causal = spec.causal != "never" and all(extras.get(name) is not None for name in spec.causal_needs)
         if causal and spec.causal == "never":
             raise Refused(f"{self.id} is bidirectional by definition; call it with causal=False")
         if not causal and spec.causal == "only":
             raise Refused(f"{self.id} is causal by definition; it has no bidirectional form")
+        if causal:
+            self._check_needs(extras)
         q, k, v, call = self._inputs(q, k, v, causal, padding, scale, extras)
         if spec.causal == "both":
             call["causal"] = causal
@@ -134,6 +138,7 @@ class Operator(Method):
         """The empty state of a recurrent operator, for tensors of these shapes, dtype and device."""
         if self.spec.initial is None:
             raise Refused(f"{self.id} carries no recurrent state")
+        self._check_needs(extras)
         return self.spec.initial(q, k, v, **extras, **self._settings["initial"])  # type: ignore[attr-defined]
 
     def step(
@@ -147,11 +152,18 @@ class Operator(Method):
         """
         if self.spec.step is None:
             raise Refused(f"{self.id} has no one-token form; call it on the whole sequence")
+        self._check_needs(extras)
         q, k, v, call = self._inputs(q, k, v, True, padding, scale, extras)
         if q.shape[2] != 1 or k.shape[2] != 1:
             raise InvalidInput(f"{self.id}: step takes one token, got N={q.shape[2]} and M={k.shape[2]}")
         self._check_state(state)
         return self.spec.step(q, k, v, state, **call, **self._settings["step"])  # type: ignore[attr-defined]
+
+    def _check_needs(self, extras: Mapping[str, Any]) -> None:
+        missing = [name for name in self.spec.causal_needs if extras.get(name) is None]
+        if missing:
+            raise Refused(f"{self.id} is causal only with {' and '.join(missing)} given; pass what does not depend on later "
+                          "tokens, or call it with causal=False")  # fmt: skip
 
     def _inputs(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, padding: Tensor | None, scale: float | None,

@@ -114,10 +114,14 @@ def sample(extra: Extra, rng: Draw, *shape: int, dtype: torch.dtype) -> Tensor:
     return x.to(rng.device, dtype) if x.is_floating_point() else x.to(rng.device)
 
 
-def choices(spec: Any) -> list[int]:
-    """Numbers of the alternatives: every axes option of every extra is drawn once, and each optional one left out."""
+def choices(spec: Any, causal: bool = False) -> list[int]:
+    """Numbers of the alternatives: every axes option of every extra is drawn once, and each optional one left out.
+
+    causal: only those with everything that a causal call needs.
+    """
     counts = [len(x.axes.split("|")) + (not x.required) for x in spec.extras.values()]
-    return list(range(max(counts, default=1)))
+    needs = [spec.extras[name] for name in spec.causal_needs] if causal else []
+    return [c for c in range(max(counts, default=1)) if all(_alternative(x, c) is not None for x in needs)]
 
 
 def _alternative(extra: Extra, choice: int) -> str | None:
@@ -167,7 +171,7 @@ def variety(case: Case) -> Iterator[tuple[str, Inputs]]:
     spec = case.spec
     salt = 0
     for causal in modes(spec):
-        plain: list[tuple[str, dict[str, Any]]] = [(f"choice {c}", {"choice": c}) for c in choices(spec)]
+        plain: list[tuple[str, dict[str, Any]]] = [(f"choice {c}", {"choice": c}) for c in choices(spec, causal)]
         if spec.gqa:
             plain += [("one key head", {"g": 1}), ("two heads per key head", {"h": 2 * H, "g": H})]
         cross = _cross(spec, causal)
@@ -309,7 +313,7 @@ def _error(got: Tensor, want: Tensor) -> tuple[float, float]:
 def gradcheck(case: Case) -> None:
     """torch.autograd.gradcheck in float64 on small inputs, for every axes option of the extras."""
     for causal in modes(case.spec):
-        for choice in choices(case.spec):
+        for choice in choices(case.spec, causal):
             inputs = draw(case, b=1, h=2, n=7, d=3, e=2, choice=choice, salt=choice)
             if case.spec.causal == "both":
                 inputs.keywords["causal"] = causal
@@ -350,7 +354,7 @@ def _started(case: Case, inputs: Inputs) -> State | None:
      "nothing; a mask that is off by one, or statistics over the whole sequence, break it.", applies=_causal)  # fmt: skip
 def no_future_leak(case: Case) -> None:
     """Every query in turn; also after replacing everything later by other values."""
-    sizes: list[dict[str, Any]] = [{"choice": c} for c in choices(case.spec)]
+    sizes: list[dict[str, Any]] = [{"choice": c} for c in choices(case.spec, True)]
     sizes += [{"n": 11, "m": N}] if _cross(case.spec, True) else []
     for size in sizes:
         inputs, other = draw(case, **size), draw(case, salt=1, **size)
@@ -434,7 +438,7 @@ def paddings(device: str) -> Tensor:
 def padding_changes_nothing(case: Case) -> None:
     """One row padded on the left, one on the right, one not at all, against each row alone."""
     for causal in modes(case.spec):
-        for choice in choices(case.spec):
+        for choice in choices(case.spec, causal):
             inputs, real = draw(case, b=3, choice=choice), paddings(case.device)
             if case.spec.causal == "both":
                 inputs.keywords["causal"] = causal
@@ -479,7 +483,7 @@ def _padded_state(case: Case, inputs: Inputs, real: Tensor) -> None:
 def nan_in_padding_changes_nothing(case: Case) -> None:
     """NaN in q, k, v and extras at padded tokens."""
     for causal in modes(case.spec):
-        for choice in choices(case.spec):
+        for choice in choices(case.spec, causal):
             inputs, real = draw(case, b=3, choice=choice), paddings(case.device)
             if case.spec.causal == "both":
                 inputs.keywords["causal"] = causal
@@ -513,7 +517,7 @@ def _same_state(case: Case, got: State, want: State, what: str, seen: bool = Tru
      "it, or that forgets an extra, breaks it.", applies=lambda case: case.spec.step is not None)  # fmt: skip
 def prefill_plus_steps(case: Case) -> None:
     """From the empty state, and after 1, 6 and N - 1 tokens; the given state must stay as it was."""
-    for choice in choices(case.spec):
+    for choice in choices(case.spec, True):
         for heads in [{}] + ([{"h": 2 * H, "g": H}] if case.spec.gqa else []):
             inputs = draw(case, choice=choice, **heads)
             whole, end = call(case, inputs, return_state=True)
@@ -537,7 +541,7 @@ def prefill_plus_steps(case: Case) -> None:
      "not applied to the state that came in breaks it.", applies=_recurrent)  # fmt: skip
 def state_handover(case: Case) -> None:
     """Every split of N tokens in two, and from the empty state."""
-    for choice in choices(case.spec):
+    for choice in choices(case.spec, True):
         inputs = draw(case, choice=choice)
         whole, end = call(case, inputs, return_state=True)
         empty = case.method.initial(inputs.q, inputs.k, inputs.v, **inputs.extras)
@@ -555,7 +559,7 @@ def state_handover(case: Case) -> None:
      applies=_recurrent)  # fmt: skip
 def state_batch_index(case: Case) -> None:
     """Rows 2, 0, 2, 1 of three continue as in the batch they come from; bytes are counted."""
-    for choice in choices(case.spec):
+    for choice in choices(case.spec, True):
         inputs = draw(case, b=3, choice=choice)
         rows = torch.tensor([2, 0, 2, 1], device=case.device)
         _, state = call(case, inputs.at("nm", slice(0, 6)), return_state=True)
