@@ -72,11 +72,11 @@ def test_agents_of_a_grid_leave_the_class_token_out() -> None:
     pooled = F.adaptive_avg_pool2d(field, 2).flatten(2).mT.unflatten(0, (B, H))
     want = qkv.attention(q, k, v, method="agent", causal=False, agents=pooled)
     method = qkv.method("agent", num_agents=4, grid=(3, 5), prefix=1)
-    close(method(q, k, v), want, rtol=1e-9)
+    close(method(q, k, v, causal=False), want, rtol=1e-9)
     with pytest.raises(InvalidInput, match="do not fill a grid"):
-        method(q[:, :, 1:], k, v)
+        method(q[:, :, 1:], k, v, causal=False)
     with pytest.raises(Refused, match="a grid has no padding"):
-        method(q, k, v, padding=torch.ones(B, 16, dtype=torch.bool))
+        method(q, k, v, causal=False, padding=torch.ones(B, 16, dtype=torch.bool))
 
 
 def test_bad_settings_are_refused() -> None:
@@ -88,7 +88,7 @@ def test_bad_settings_are_refused() -> None:
         qkv.method("agent", chunk_size=10)
     q, k, v, a, b1, _ = _draw()
     with pytest.raises(Refused, match="causal only with agents"):
-        qkv.attention(q, k, v, method="agent", causal=True)
+        qkv.attention(q, k, v, method="agent")
     with pytest.raises(InvalidInput, match="is for 4 agents, here are 2"):
         qkv.attention(q, k, v, method="agent", causal=False, agents=a[:, :, :2], bias_keys=b1)
     with pytest.raises(InvalidInput, match="must agree"):

@@ -55,7 +55,7 @@ class OperatorSpec(Spec):
     extras: named extra inputs; the laws, bench, docs and layers read how to draw and check them from here.
     cross: N and M may differ (self-attention operators set False; ``"bidirectional"``: only without `causal`).
     A bidirectional call keeps no state. Axes ``s`` and ``w`` of an extra are sizes of its own (codes, a window).
-    causal_needs: optional extras without which a call is bidirectional (agents that do not depend on later tokens).
+    causal_needs: optional extras that a causal call must be given (agents that do not depend on later tokens).
     wiring: what a layer puts around the operator, see `Wiring`.
     """
 
@@ -114,7 +114,7 @@ class Operator(Method):
         """See `attention`."""
         spec = self.spec
         if causal is None:
-            causal = spec.causal != "never" and all(extras.get(name) is not None for name in spec.causal_needs)
+            causal = spec.causal != "never"
         if causal and spec.causal == "never":
             raise Refused(f"{self.id} is bidirectional by definition; call it with causal=False")
         if not causal and spec.causal == "only":

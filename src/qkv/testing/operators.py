@@ -105,7 +105,8 @@ def draw(
         if letters is not None:
             axes[name] = letters
             extras[name] = sample(extra, rng, *(sizes[a] for a in letters), dtype=dtype)
-    return Inputs(q, k, v, extras, axes)
+    complete = all(name in extras for name in case.spec.causal_needs)
+    return Inputs(q, k, v, extras, axes, {} if complete else {"causal": False})
 
 
 def sample(extra: Extra, rng: Draw, *shape: int, dtype: torch.dtype) -> Tensor:
