@@ -449,7 +449,7 @@ def test_what_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch:
     refused(InvalidInput, "hold pixels, which neither model takes", data=[{"input_ids": [1], "pixels": [1]}])
     applied = llama()
     qkv.apply(applied, "full")
-    with pytest.raises(Refused, match="carries qkv methods"):
+    with pytest.raises(Refused, match="carries full"):
         distill(llama(), applied, "minilm:relation_heads=12", items(), out, **QUICK | {"max_steps": 2})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(MissingDependency, r"pip install 'qkv\[train\]'")

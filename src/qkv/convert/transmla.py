@@ -269,7 +269,7 @@ def _set_norms(
 @final
 @dataclass(frozen=True, kw_only=True)
 class TransMLA(Conversion):
-    """Sizes of the latent, and how the rotation is folded. After it, heal: see `spec.heal`."""
+    """Sizes of the latent, and how the rotation is folded. After it, heal: `qkv.distill.heal` (see `spec.heal`)."""
 
     spec: ClassVar[ConversionSpec] = ConversionSpec(
         id="transmla",
@@ -291,9 +291,12 @@ class TransMLA(Conversion):
             for r in _rungs(x.kv_heads * x.head_dim)
         ],
         heal={
-            "objective": "kl(source logits, converted logits), temperature 1, + 1.0 * mean over layers of mse(attention outputs)",
-            "steps": 2000, "tokens_per_step": 16384, "optimizer": "adamw", "learning_rate": 1e-4, "schedule": "cosine",
-            "warmup": 0.03, "weight_decay": 0.01, "trains": "the converted layers",
+            "objective": "healing",
+            "arguments": {
+                "max_steps": 2000, "per_device_train_batch_size": 32, "learning_rate": 1e-4, "lr_scheduler_type": "cosine",
+                "warmup_steps": 0.03, "weight_decay": 0.01,
+            },
+            "row": 512, "trains": "the converted layers",
             "paper": "cross-entropy on 6e9 tokens of pretraining text, learning rate 2e-5 cosine, warm-up 3 %, batch 128 x 4096",
         },
         trials=({"freqfold": 1}, {"freqfold": "auto", "q_rank": 19, "norm": True}, {"freqfold": 2, "balance": None}),

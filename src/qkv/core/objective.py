@@ -27,13 +27,14 @@ class Needs:
     """What to read from one network; layers count from 0, hidden states from 0 = embeddings to `Net.layers` = last.
 
     projections: layers whose q, k, v are read before any rotary rotation (after a norm of queries and keys, if the model
-    has one). attention: layers whose q, k, v are read as the attention sees them. hidden: hidden states. logits: the
-    output of the head.
+    has one). attention: layers whose q, k, v are read as the attention sees them. hidden: hidden states. outputs: layers
+    whose attention module's output is read. logits: the output of the head.
     """
 
     projections: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
     hidden: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
     logits: bool = False
 
 
@@ -87,7 +88,8 @@ class Trace:
     """What one network did on one batch.
 
     net: its structure. real: bool ``[B, N]``, False at padding. projections, attention: `Projections` by layer. hidden:
-    ``[B, N, C]`` by number. logits: of the head, or None when nobody asked.
+    ``[B, N, C]`` by number. logits: of the head, or None when nobody asked. outputs: of attention modules, ``[B, N, C]`` by
+    layer.
     """
 
     net: Net
@@ -96,6 +98,7 @@ class Trace:
     attention: Mapping[int, Projections] = field(default_factory=dict)
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
+    outputs: Mapping[int, Tensor] = field(default_factory=dict)
 
     def detach(self) -> Trace:
         """The same values, cut off from the network's graph."""
@@ -109,6 +112,7 @@ class Trace:
             attention=cut(self.attention),
             hidden={n: x.detach() for n, x in self.hidden.items()},
             logits=None if self.logits is None else self.logits.detach(),
+            outputs={n: x.detach() for n, x in self.outputs.items()},
         )
 
 

@@ -3,6 +3,8 @@
 from qkv.distill import distill, drop_layers
 student = drop_layers(teacher, (0, 2, 5))
 done = distill(teacher, student, "minilm:hidden_weight=1.0", sentences, "runs/mini", tokenizer=tokenizer, max_steps=400)
+
+A converted model is healed by its source: ``heal(model, source, texts, "runs/healed", tokenizer=tokenizer, max_steps=1000)``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from qkv.core.objective import Objective
 if TYPE_CHECKING:
     from qkv.distill.trainer import Outcome
 
-__all__ = ["distill", "drop_layers"]
+__all__ = ["distill", "drop_layers", "heal"]
 
 
 def distill(
@@ -63,6 +65,42 @@ def distill(
         progress=progress,
     )
     return trainer.distill(teacher, student, objective, data, out, options, arguments)
+
+
+def heal(
+    model: Any,
+    source: Any,
+    data: Any,
+    out: str | Path,
+    *,
+    objective: Objective | str | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    resume: bool | str | Path = False,
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    progress: bool | None = None,
+    **arguments: Any,
+) -> Outcome:
+    """Train the converted layers of `model` back towards `source`, by the recipe of the conversion it carries.
+
+    model: carries a conversion (`qkv.apply(model, "transmla:...", data=...)`); every other weight stays as it is. source: the
+    unconverted model (a second copy: converting a model changes it). data, tokenizer, max_length, resume, evaluate, progress,
+    arguments: as in `distill`; rows of 512 tokens make the recipe's steps of 16,384. What is not given comes from the
+    conversion's `spec.heal`. objective: another than the recipe's. ``out/student`` holds the healed model for `qkv.load`.
+
+    Raises what `distill` raises, and `Refused` for a model without a conversion, or in half precision (bf16=True trains float32
+    weights in bfloat16 arithmetic).
+    """
+    _needs_accelerate()
+    from qkv.distill import healing, trainer
+
+    recipe = healing.recipe(model)
+    options = trainer.Options(
+        tokenizer=tokenizer, max_length=max_length, resume=resume, evaluate=evaluate, progress=progress
+    )
+    with healing.only_converted(model):
+        goal = recipe["objective"] if objective is None else objective
+        return trainer.distill(source, model, goal, data, out, options, recipe["arguments"] | arguments)
 
 
 def drop_layers(model: Any, keep: Sequence[int]) -> Any:

@@ -3,7 +3,7 @@
 run.json                    the configuration
 metrics.jsonl               one record per logging step
 checkpoints/checkpoint-N/   student, optimiser, schedule, random state; complete once its qkv.json is there
-student/                    the result, for from_pretrained, with qkv.json; appears at once or not at all
+student/                    the result, for from_pretrained (converted: qkv.load), with qkv.json; appears at once or not at all
 """
 
 from __future__ import annotations

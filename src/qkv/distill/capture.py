@@ -1,4 +1,4 @@
-"""Reading a network while it runs: q, k, v of chosen layers, hidden states, logits; with gradients where it learns.
+"""Reading a network while it runs: q, k, v and outputs of chosen layers, hidden states, logits; with gradients where it learns.
 
 q, k, v before rotary positions come from hooks on the projections (whatever attention kernel runs); as the attention sees
 them, from `qkv.hosts.observe`. No attention map is ever asked of the model.
@@ -90,6 +90,7 @@ class Tap:
         self.model, self.net, self.needs, self.learns = model, net, needs, learns
         self.accepted = set(inspect.signature(model.forward).parameters)
         self.found: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self.given: dict[int, Tensor] = {}
         self.armed = False
         self.stack = ExitStack()
         fused = {n for n in needs.projections if _unrotated(model, net, n)}
@@ -107,6 +108,9 @@ class Tap:
                 for name, module in modules.items():
                     hook = module.register_forward_hook(partial(self._projected, layer, name, self.net.site(layer)))
                     stack.callback(hook.remove)
+            for layer in self.needs.outputs:
+                module = self.model.get_submodule(self.net.site(layer).name)
+                stack.callback(module.register_forward_hook(partial(self._gave, layer)).remove)
             if self.observed:
                 names = [self.net.site(n).name for n in sorted(self.observed)]
                 stack.enter_context(hosts.observe(self.model, self._attended, names))
@@ -123,7 +127,7 @@ class Tap:
             inputs["output_hidden_states"] = True
         if "use_cache" in self.accepted or hasattr(self.model.config, "use_cache"):
             inputs["use_cache"] = False
-        mode, self.found, self.armed = self.model.training, {}, True
+        mode, self.found, self.given, self.armed = self.model.training, {}, {}, True
         try:
             if not self.learns:
                 self.model.eval()
@@ -139,13 +143,18 @@ class Tap:
         before = {n: self._layer("projections", n) for n in self.needs.projections}
         seen = {n: self._layer("attention", n) for n in self.needs.attention}
         hidden = {n: output.hidden_states[n] for n in self.needs.hidden}
-        sizes = {p.q.shape[2] for p in (*before.values(), *seen.values())} | {x.shape[1] for x in hidden.values()}
+        skipped = [self.net.site(n).name for n in self.needs.outputs if n not in self.given]
+        if skipped:
+            raise NeverFired(f"{self.net.name}: {', '.join(skipped[:3])} did not run in this forward pass")
+        sizes = {p.q.shape[2] for p in (*before.values(), *seen.values())}
+        sizes |= {x.shape[1] for x in (*hidden.values(), *self.given.values())}
         if len(sizes) == 1 and real.shape[1] == 1:
             real = real.expand(-1, sizes.pop())
         elif sizes - {real.shape[1]}:
             raise InvalidInput(f"{self.net.name} ran on {sorted(sizes)} tokens, the batch has {real.shape[1]}")
-        self.found = {}
-        return Trace(self.net, real, before, seen, hidden, output.logits if self.needs.logits else None)
+        logits, outputs = output.logits if self.needs.logits else None, self.given
+        self.found, self.given = {}, {}
+        return Trace(self.net, real, before, seen, hidden, logits, outputs)
 
     def _layer(self, kind: str, layer: int) -> Projections:
         found = self.found.get((kind if layer in self.hooked and kind == "projections" else "attention", layer), {})
@@ -174,6 +183,10 @@ class Tap:
         if self.armed:
             dims = (site.heads if name == "q" else site.kv_heads, site.value_dim if name == "v" else site.head_dim)
             self.found.setdefault(("projections", layer), {})[name] = _heads(out, *dims, args, site)
+
+    def _gave(self, layer: int, module: nn.Module, args: Any, out: Any) -> None:
+        if self.armed:
+            self.given[layer] = out[0] if isinstance(out, tuple) else out
 
     def _attended(self, site: Site, call: Any) -> None:
         if self.armed:

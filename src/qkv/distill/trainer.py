@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import qkv
+from qkv import hosts
 from qkv.core import registry
 from qkv.core.errors import (
     InvalidInput,
@@ -51,7 +52,6 @@ from qkv.core.spec import near
 from qkv.distill import _run
 from qkv.distill._data import Collator, Items
 from qkv.distill.capture import Tap, describe, real_tokens
-from qkv.distill.students import carries_methods
 from qkv.hosts import stack
 
 FINE_TUNING = "fine-tuning"
@@ -86,9 +86,9 @@ class Options:
 class Outcome:
     """What a run came to.
 
-    student: the trained model (the one that was passed in). path: its folder, for ``from_pretrained``. steps: optimiser
-    steps. loss: mean of the last logged stretch, None for a run too short to log. records: the logged records. scores: what
-    `evaluate` said of ``teacher``, ``untrained``, ``student`` and each baseline.
+    student: the trained model (the one that was passed in). path: its folder, for ``from_pretrained`` (for `qkv.load` if the
+    student is converted). steps: optimiser steps. loss: mean of the last logged stretch, None for a run too short to log.
+    records: the logged records. scores: what `evaluate` said of ``teacher``, ``untrained``, ``student`` and each baseline.
     """
 
     student: Any
@@ -440,9 +440,21 @@ def _objective(one: Objective | str) -> Objective:
 
 def _apart(teacher: Any, student: Any) -> None:
     """A student that shares storage with its teacher would change it."""
-    if carries_methods(student):
+    left = [m.id for m, _ in hosts.carried(student) if m.spec.kind != "conversion"]
+    if left:
         raise Refused(
-            "the student carries qkv methods, which a trained student cannot be saved with; `qkv.revert` it first"
+            f"the student carries {', '.join(left)}, which a trained student cannot be saved with; `qkv.revert` it first"
+        )
+    converted = tuple(f"{site}." for _, sites in hosts.carried(student) for site in sites)
+    base = (
+        [n for n, p in student.named_parameters() if p.requires_grad and not n.startswith(converted)]
+        if converted
+        else []
+    )
+    if base:
+        raise Refused(
+            f"the student is a converted model, saved by what differs from its base, and {base[0]} of that base would be "
+            "trained too; `qkv.distill.heal` trains the converted layers alone"
         )
     mine = {p.untyped_storage().data_ptr(): n for n, p in teacher.named_parameters() if p.numel()}
     for name, p in student.named_parameters():
@@ -644,13 +656,17 @@ class _Run:
 
     def _publish(self, student: Any, folder: Path, facts: dict[str, Any], steps: int, loss: float | None) -> None:
         def write(target: Path) -> None:
-            with _quiet():
-                student.save_pretrained(target)
+            if hosts.carried(student):  # a converted model: what differs from its base, for `qkv.load`
+                hosts.save(student, target)
+                about.update(_run.read_json(target / _run.MANIFEST))
+            else:
+                with _quiet():
+                    student.save_pretrained(target)
             if self.options.tokenizer is not None:
                 self.options.tokenizer.save_pretrained(target)
 
         versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate)}
-        about = {
+        about: dict[str, Any] = {
             "kind": "distilled",
             "run": facts,
             "steps": steps,

@@ -159,7 +159,7 @@ def no_gradient_to_teacher(case: Case) -> None:
 
 def _tensors(trace: Trace) -> list[Tensor]:
     out = [x for p in (*trace.projections.values(), *trace.attention.values()) for x in (p.q, p.k, p.v)]
-    return [*out, *trace.hidden.values(), *(() if trace.logits is None else (trace.logits,))]
+    return [*out, *trace.hidden.values(), *trace.outputs.values(), *(() if trace.logits is None else (trace.logits,))]
 
 
 @law(
