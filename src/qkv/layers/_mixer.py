@@ -95,7 +95,9 @@ class Mixer(nn.Module):
         self.learnt = nn.ModuleDict()
         for name, extra in method.spec.extras.items() if isinstance(method, Operator) else ():
             if extra.learnt is not None:
-                self.learnt[name] = _made(method.id, name, extra, width, self.place)
+                made = _made(method.id, name, extra, width, self.place)
+                if made is not None:
+                    self.learnt[name] = made
         self.memory = _memory(self.method, causal)
 
     # -- the forward pass -----------------------------------------------------------------------------------------
@@ -175,12 +177,14 @@ def _rotated(x: Tensor, position: Tensor, base: float) -> Tensor:
 # -- what an operator learns --------------------------------------------------------------------------------------
 
 
-def _made(who: str, name: str, extra: Extra, width: int, place: Place) -> nn.Module:
-    """The module that makes an extra from tokens ``[B, N, W]``."""
+def _made(who: str, name: str, extra: Extra, width: int, place: Place) -> nn.Module | None:
+    """The module that makes an extra from tokens ``[B, N, W]``; None where an optional one has no start at this place."""
     learnt = extra.learnt
     assert learnt is not None
     if learnt.axes not in extra.axes.split("|"):
         raise InvalidParameter(f"{who}: `{name}` is learnt with axes {learnt.axes!r}, but takes {extra.axes}")
+    if not extra.required and callable(learnt.start) and learnt.start(place) is None:
+        return None
     return Stored(learnt, place) if extra.role == "parameter" else Projected(learnt, width, place)
 
 
