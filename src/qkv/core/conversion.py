@@ -8,9 +8,10 @@ The host exchanges the modules, and exchanges them back on `qkv.revert`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, final
 
 from torch import Tensor, nn
 
@@ -29,7 +30,8 @@ class ConversionSpec(Spec):
     stores: the new layer keeps a cache of its own, so no cache method can act at the same site. calibrates: needs
     ``data=``. exact: for a geometry, settings at which the converted model is the source, up to rounding. small: for
     a geometry (of tiny size), settings that change something. ladder: for a geometry, settings of growing size along which the
-    error falls. heal: the recipe that trains the converted model back towards its source, as plain data.
+    error falls. heal: the recipe that trains the converted model back towards its source, for `qkv.distill.heal`:
+    ``objective`` (a setting), ``arguments`` (by names of `transformers.TrainingArguments`); the rest is for readers.
     """
 
     kind: ClassVar[str] = "conversion"
@@ -38,7 +40,28 @@ class ConversionSpec(Spec):
     exact: Callable[[Geometry], Settings] | None = None
     small: Callable[[Geometry], Settings] = field(default=lambda geometry: {})
     ladder: Callable[[Geometry], Sequence[Settings]] | None = None
+    training: Callable[[Geometry], Sequence[Settings]] | None = None
+    constant: bool = False
     heal: Mapping[str, Any] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Lessons:
+    """Model inputs for a conversion that trains, and where it keeps what it has learnt: ``data=Lessons(batches=..., folder=...)``.
+
+    batches: as `data` otherwise. folder: gets a checkpoint every `save_every` steps and on Ctrl-C; the same conversion of the
+    same model on the same data goes on from it, or gives its result at once if it was finished. progress: called with steps
+    done, steps in all, and a note.
+    """
+
+    batches: Any
+    folder: str | Path | None = None
+    save_every: int = 50
+    progress: Callable[[int, int, str], None] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +94,7 @@ class Conversion(Method):
 
 def batches(data: Any, who: str) -> list[dict[str, Tensor]]:
     """Calibration data as a list of model inputs (labels left out), checked. Raises `InvalidInput`."""
+    data = data.batches if isinstance(data, Lessons) else data
     if data is None:
         raise InvalidInput(
             f"{who} needs calibration inputs: pass data=[{{'input_ids': ...}}, ...] (dicts of tensors as the model "
