@@ -353,6 +353,18 @@ def test_convert_saves_what_load_reads(qkv_command, folder, book, tmp_path):
         assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
 
 
+def test_convert_heals_on_request(qkv_command, folder, book, tmp_path):
+    setting = "transmla:rope_dim=32,kv_rank=16,freqfold=1"
+    common = ["convert", folder, "-m", setting, "--text", book, "--rows", "4", "--tokens", "64"]
+    for more in (["--out", "a"], ["--out", "b", "--heal", "2", "--heal-text", book, "--batch", "2"]):
+        code, out, err = qkv_command(*common, *more)
+        assert code == 0, err
+    plain, healed = (qkv.load(tmp_path / name).state_dict() for name in "ab")
+    changed = {k for k in plain if not torch.equal(plain[k], healed[k])}
+    assert changed and all(".self_attn." in k for k in changed)
+    assert (tmp_path / "b-healing" / "student" / "qkv.json").is_file()
+
+
 MINILM = "minilm:relation_heads=4,kv_relation_heads=2"
 
 

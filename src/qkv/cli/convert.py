@@ -12,6 +12,7 @@ from qkv.cli._shared import DEVICE, DTYPE, JSON, METHOD, MODEL, load_model, meth
 
 EXAMPLES = (
     "qkv convert smollm2 -m transmla:kv_rank=256,rope_dim=32 --out runs/mla",
+    "qkv convert smollm2 -m transmla:kv_rank=128,rope_dim=64 --heal 1000 --device cuda --out runs/mla-healed",
     "python -c \"import qkv; model = qkv.load('runs/mla')\"",
 )
 
@@ -27,11 +28,20 @@ def command(
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Stretches of calibration text.")] = 32,
     tokens: Annotated[int, typer.Option("--tokens", min=8, help="Tokens of each.")] = 256,
+    heal: Annotated[
+        int, typer.Option("--heal", min=0, metavar="STEPS", help="Then train the converted layers towards the source.")
+    ] = 0,
+    heal_text: Annotated[
+        str | None, typer.Option("--heal-text", metavar="FILE", help="What is healed on.", show_default="shakespeare")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows of 512 tokens in a step of healing.")] = 32,
     dtype: Annotated[str | None, DTYPE] = None,
     device: Annotated[str | None, DEVICE] = None,
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """Convert a model and save what differs from it; `qkv.load(DIR)` gives the converted model back."""
+    import copy
+
     import qkv
     from qkv.core.errors import Refused
 
@@ -47,11 +57,34 @@ def command(
     with working("reading the calibration text"):
         data = calibration(network, tokenizer, rows, tokens, text)
     start = time.perf_counter()
+    source = copy.deepcopy(network) if heal else None
     with working("converting"):
         qkv.apply(network, *chosen, data=data)
+    if source is not None:
+        _heal(network, source, tokenizer, heal_text, heal, batch, out)
     seconds = time.perf_counter() - start
     qkv.save(network, out)
     _print(chosen, out, seconds, json)
+
+
+def _heal(model: Any, source: Any, tokenizer: Any, text: str | None, steps: int, batch: int, out: Path) -> None:
+    """Heal `model` in place; the run lies beside `out` and goes on where the same command was interrupted."""
+    from qkv.bench.assets import long_text
+    from qkv.core.errors import InvalidInput
+    from qkv.distill import heal
+
+    row = min(512, getattr(model.config, "max_position_embeddings", 512))
+    words = long_text(text)[: 8 * row * batch * steps]  # English has about 4 characters a token
+    ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = [{"input_ids": ids[i : i + row]} for i in range(0, len(ids) - row + 1, row)]
+    if not rows:
+        raise InvalidInput(
+            f"the text to heal on has {len(ids)} tokens; at least one row of {row} is needed: --heal-text FILE"
+        )
+    heal(
+        model, source, rows, out.with_name(f"{out.name}-healing"), tokenizer=tokenizer, resume=True, max_steps=steps,
+        per_device_train_batch_size=batch, bf16=model.device.type == "cuda", use_cpu=model.device.type == "cpu",
+    )  # fmt: skip
 
 
 def _print(methods: list[Any], out: Path, seconds: float, json: bool) -> None:
