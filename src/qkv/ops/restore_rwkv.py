@@ -122,22 +122,25 @@ def fast(
     q: Tensor, k: Tensor, v: Tensor, *, w: Tensor, u: Tensor, causal: bool = True, padding: Tensor | None = None,
     initial_state: State | None = None, return_state: bool = False, distance_offset: int = 1, chunk_size: int = 64,
 ) -> Any:  # fmt: skip
-    """One scan, or two in opposite directions, O(N D E log C); shapes as in `reference`."""
+    """One scan, or two in opposite directions side by side, O(N D E log C); shapes as in `reference`."""
     dtype, n = q.dtype, q.shape[2]
     q, k, v, w, u = _inputs(q, k, v, w, u)
-    start = _start(q, v, initial_state)
-    found = Average(v.unsqueeze(3), k + u[:, None, None])
-    if padding is not None:
-        k = k.masked_fill(~padding[:, None, :, None], EMPTY)
-        found = found._replace(total=found.total.masked_fill(~padding[:, None, :, None], EMPTY))
-    before, end = _earlier(k, v, w, _places(q, padding), start, chunk_size, distance_offset)
-    found = _merged(before, found)
-    if not causal:
-        flipped = None if padding is None else padding.flip(1)
-        later, _ = _earlier(
-            k.flip(2), v.flip(2), w, _places(q, flipped), _start(q, v, None), chunk_size, distance_offset
-        )  # fmt: skip
-        found = _merged(Average(*(x.flip(2) for x in later)), found)
+    start, place = _start(q, v, initial_state), _places(q, padding)
+    gone = None if padding is None else ~padding[:, None, :, None]
+    own = Average(v.unsqueeze(3), k + u[:, None, None])
+    if gone is not None:
+        k, own = k.masked_fill(gone, EMPTY), own._replace(total=own.total.masked_fill(gone, EMPTY))
+    if causal:
+        before, end = _earlier(k, v, w, place, start, chunk_size, distance_offset)
+        found = _merged(before, own)
+    else:
+        k, v, place = (
+            torch.cat(x) for x in ((k, k.flip(2)), (v, v.flip(2)), (place, place[..., -1:] + 1 - place.flip(2)))
+        )
+        start = Average(*(torch.cat([x, x]) for x in start))
+        both, end = _earlier(k, v, w, place, start, chunk_size, distance_offset)
+        before, later = (Average(*x) for x in zip(*(x.chunk(2) for x in both), strict=True))
+        found = _merged(Average(*(x.flip(2) for x in later)), _merged(before, own))
     out = (q.unsqueeze(-1) * found.mean).sum(-2).to(dtype)
     return (out, _state(end, initial_state, n)) if return_state else out
 
