@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qkv.core.operator import Operator, OperatorSpec
-from qkv.core.spec import Extra, param
+from qkv.core.spec import Extra, Learnt, param
 from qkv.core.state import State
 from qkv.ops._common.decayed import decayed_linear_attention
 from qkv.ops._common.states import after, per_head, wide
@@ -174,6 +174,7 @@ class L2ViT(Operator):
                 role="parameter",
                 doc="factor of each head's output; D^(-1/2) without it",
                 required=False,
+                learnt=Learnt(axes="h", start=lambda place: torch.full((place.heads,), place.key_width**-0.5)),
             )
         },
     )

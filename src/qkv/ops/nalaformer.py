@@ -30,10 +30,10 @@ from torch import Tensor
 
 from qkv.core.errors import InvalidInput, InvalidParameter
 from qkv.core.operator import Operator, OperatorSpec
-from qkv.core.spec import Extra, param
+from qkv.core.spec import Extra, Learnt, Place, param
 from qkv.core.state import State
 from qkv.ops._common.decayed import decayed_linear_attention
-from qkv.ops._common.grids import turned
+from qkv.ops._common.grids import grid_angles, turned
 from qkv.ops._common.states import after, per_head, wide
 
 Feature = Literal["relu_split", "cosine"]
@@ -238,6 +238,13 @@ def _divided(out: Tensor, total: Tensor) -> Tensor:
     return torch.where(some, out / torch.where(some, total, 1.0), 0.0)
 
 
+def _grid(place: Place) -> Tensor | None:
+    """The angles of a layer on a grid whose head width divides by 4, else none."""
+    if place.grid is None or place.key_width % 4:
+        return None
+    return grid_angles(place.grid, place.key_width)
+
+
 def _memory(q: Tensor, v: Tensor, state: State | None) -> tuple[Tensor, Tensor]:
     """KV ``[B, H, 2 D, E]`` and K ``[B, H, 2 D]``."""
     b, h, f, e = q.shape[0], q.shape[1], 2 * q.shape[-1], v.shape[-1]
@@ -275,16 +282,18 @@ class NaLaFormer(Operator):
             "query_angles": Extra(
                 axes="nd|bnd",
                 sample=lambda *n, **kw: 3 * torch.randn(*n, **kw),
-                role="data",
+                role="parameter",
                 doc="turn of each channel of the queries, radians, each pair's angle twice",
                 required=False,
+                learnt=Learnt(axes="nd", start=_grid, trained=False),
             ),
             "key_angles": Extra(
                 axes="md|bmd",
                 sample=lambda *n, **kw: 3 * torch.randn(*n, **kw),
-                role="data",
+                role="parameter",
                 doc="turn of each channel of the keys, radians, each pair's angle twice",
                 required=False,
+                learnt=Learnt(axes="md", start=_grid, trained=False),
             ),
         },
     )
