@@ -8,8 +8,6 @@ the channel mixers is chosen so that all operators have the same number of param
 from __future__ import annotations
 
 import argparse
-import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qkv
-from qkv.bench.assets import long_text
+from qkv.bench.fitting import fit
+from qkv.bench.texts import held_out, pairs, random_windows, text_bytes
 from qkv.core.operator import Operator
 
 
@@ -162,46 +161,15 @@ def model(
     return Model(choice, **sizes, hidden=hidden).to(device)
 
 
-def fit(net: Model, batch: Callable[[int], tuple[Tensor, Tensor]], steps: int, rate: float, name: str) -> float:
-    """AdamW with warm-up and a cosine to a tenth; targets of -1 do not count. Returns seconds a step."""
-    optimiser = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
-    since = start = time.perf_counter()
-    for i in range(steps):
-        share = min(1.0, (i + 1) / max(1, steps // 10)) * (0.55 + 0.45 * math.cos(math.pi * i / steps))
-        for group in optimiser.param_groups:
-            group["lr"] = rate * share
-        ids, target = batch(i)
-        loss = F.cross_entropy(net(ids).flatten(0, 1).float(), target.flatten(), ignore_index=-1)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimiser.step()
-        if i == 0:
-            since = time.perf_counter()
-        if (i + 1) % max(1, steps // 4) == 0:
-            print(
-                f"  {name}: step {i + 1} of {steps}, loss {loss.item():.4f}, {time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - since) / max(1, steps - 1)
+def train(net: Model, batch: Callable[[int], tuple[Tensor, Tensor]], steps: int, rate: float, name: str) -> float:
+    """Next-token training, targets of -1 do not count. Returns seconds a step."""
 
+    def loss(ids: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(net(ids).flatten(0, 1).float(), target.flatten(), ignore_index=-1)
 
-def pairs(count: int, pairs: int, length: int, vocabulary: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Multi-query associative recall: ids and targets ``[count, length]``, -1 where nothing is asked.
-
-    First `pairs` keys, each followed by its value, then every key once more at a random place among fillers (token 0); the
-    target at such a key is its value. Keys are the lower half of the tokens, values the upper half.
-    """
-    device, half = generator.device, vocabulary // 2
-    keys = torch.rand(count, half - 1, generator=generator, device=device).argsort(1)[:, :pairs] + 1
-    values = torch.randint(half, vocabulary, (count, pairs), generator=generator, device=device)
-    ids = torch.zeros(count, length, dtype=torch.int64, device=device)
-    target = torch.full_like(ids, -1)
-    ids[:, : 2 * pairs] = torch.stack([keys, values], -1).flatten(1)
-    places = 2 * pairs + torch.rand(count, length - 2 * pairs, generator=generator, device=device).argsort(1)[:, :pairs]
-    return ids.scatter(1, places, keys), target.scatter(1, places, values)
+    done = fit(net, loss, batch, steps, rate=rate)
+    print(f"  {name}: {steps} steps, loss {done.loss:.4f}, {1e3 * done.seconds:.1f} ms a step", flush=True)
+    return done.seconds
 
 
 def recall(choice: Choice, a: argparse.Namespace, *, number: int, length: int = 128, dim: int = 64, heads: int = 2,
@@ -212,7 +180,7 @@ def recall(choice: Choice, a: argparse.Namespace, *, number: int, length: int = 
     vocabulary = 4 * max(16, number) + 2
     net = model(choice, parameters=130_000, vocabulary=vocabulary, dim=dim, heads=heads, device=a.device, seed=seed)
     rng = torch.Generator(a.device).manual_seed(seed)
-    seconds = fit(
+    seconds = train(
         net, lambda i: pairs(rows, number, length, vocabulary, rng), steps, 3e-3, f"{choice.name}, {number} pairs"
     )
     with torch.no_grad():
@@ -223,13 +191,6 @@ def recall(choice: Choice, a: argparse.Namespace, *, number: int, length: int = 
             "state (bytes)": net.state_bytes(), "ms per step": round(1e3 * seconds, 2)}  # fmt: skip
 
 
-def text_bytes(device: str) -> tuple[Tensor, Tensor]:
-    """Bytes of the plays ``[T]``: nine tenths to train on, the rest held out."""
-    data = torch.frombuffer(bytearray(long_text().encode()), dtype=torch.uint8).to(device, torch.int64)
-    cut = len(data) * 9 // 10
-    return data[:cut], data[cut:]
-
-
 def language(choice: Choice, a: argparse.Namespace, *, length: int = 256, dim: int = 128, heads: int = 4, steps: int = 600,
              rows: int = 64, seed: int = 0, longer: int = 4, layers: int = 2) -> dict[str, Any]:  # fmt: skip
     """Train a byte model and return its held-out loss (nats a byte) at the training length and at `longer` times it."""
@@ -237,29 +198,17 @@ def language(choice: Choice, a: argparse.Namespace, *, length: int = 256, dim: i
         length, steps, rows = 64, 4, 4
     net = model(choice, parameters=200_000 * layers, vocabulary=256, dim=dim, heads=heads, device=a.device, seed=seed,
                 layers=layers)  # fmt: skip
-    train, held = text_bytes(a.device)
+    data, held = text_bytes(a.device)
     rng = torch.Generator(a.device).manual_seed(seed)
 
-    def batch(i: int) -> tuple[Tensor, Tensor]:
-        at = torch.randint(len(train) - length - 1, (rows, 1), generator=rng, device=a.device)
-        ids = train[at + torch.arange(length + 1, device=a.device)]
-        return ids[:, :-1], ids[:, 1:]
-
-    seconds = fit(net, batch, steps, 2e-3, choice.name)
+    seconds = train(net, lambda i: random_windows(data, rows, length, rng), steps, 2e-3, choice.name)
     size = sum(p.numel() for p in net.parameters())
-    return {"operator": choice.name, "loss (nats/byte)": held_out(net, held, length, 4 if a.quick else 128),
-            f"loss at {longer} x length": held_out(net, held, longer * length, 1 if a.quick else 32), "parameters": size,
+    few = (4, 1) if a.quick else (128, 32)
+    near, far = (
+        round(held_out(net, held, n * length, count, 16), 4) for n, count in zip((1, longer), few, strict=True)
+    )
+    return {"operator": choice.name, "loss (nats/byte)": near, f"loss at {longer} x length": far, "parameters": size,
             "state (bytes)": net.state_bytes(), "tokens per second": round(rows * length / seconds)}  # fmt: skip
-
-
-@torch.no_grad()
-def held_out(net: Model, data: Tensor, length: int, rows: int) -> float:
-    """Mean loss over `rows` windows spread evenly over `data`."""
-    at = torch.linspace(0, len(data) - length - 2, rows, device=data.device).long()[:, None]
-    ids = data[at + torch.arange(length + 1, device=data.device)]
-    losses = [F.cross_entropy(net(x[:, :-1]).flatten(0, 1).float(), x[:, 1:].flatten()) for x in ids.split(16)]
-    weights = [len(x) for x in ids.split(16)]
-    return round(sum(w * x.item() for w, x in zip(weights, losses, strict=True)) / sum(weights), 4)
 
 
 def arguments(description: str | None) -> argparse.Namespace:

@@ -27,6 +27,7 @@ from qkv.core.state import State
 from qkv.patterns.sliding_window import SlidingWindow
 
 Tensors = dict[str, Tensor]
+SHORT = 1024  # tokens up to which a window's mask is written out
 
 
 def check_mixing(method: Method, *, causal: bool) -> Method:
@@ -41,7 +42,8 @@ def check_mixing(method: Method, *, causal: bool) -> Method:
     if not causal and method.spec.causal == "only":
         raise Refused(f"{method.id} is causal by definition: it cannot be a layer of a bidirectional model")
     for name, extra in method.spec.extras.items():
-        if extra.required and extra.learnt is None:
+        needed = extra.required or (causal and name in method.spec.causal_needs)
+        if needed and extra.learnt is None:
             raise Refused(
                 f"{method.id} needs `{name}` ({extra.doc}), which no layer can learn: its file declares no `Learnt`"
             )
@@ -94,7 +96,7 @@ class Mixer(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.learnt = nn.ModuleDict()
         for name, extra in method.spec.extras.items() if isinstance(method, Operator) else ():
-            if extra.learnt is not None:
+            if extra.learnt is not None and (causal or name not in method.spec.causal_needs):
                 made = _made(method.id, name, extra, width, self.place)
                 if made is not None:
                     self.learnt[name] = made
@@ -185,7 +187,7 @@ def _made(who: str, name: str, extra: Extra, width: int, place: Place) -> nn.Mod
         raise InvalidParameter(f"{who}: `{name}` is learnt with axes {learnt.axes!r}, but takes {extra.axes}")
     if not extra.required and callable(learnt.start) and learnt.start(place) is None:
         return None
-    return Stored(learnt, place) if extra.role == "parameter" else Projected(learnt, width, place)
+    return Projected(learnt, width, place) if "b" in learnt.axes else Stored(learnt, place)
 
 
 class Projected(nn.Module):
@@ -312,23 +314,27 @@ class Window:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Any], padding: Tensor | None,
                  position: Tensor, held: Tensors | None, keep: bool, seen: int) -> tuple[Tensor, Tensors | None]:  # fmt: skip
         """See `Memory`."""
-        if held is None:
+        if held is None and (q.shape[2] > SHORT or not self.causal):
             mask = None if padding is None else padding[:, None, None, :]
             out = self.method.attention(q, k, v, mask=mask, causal=self.causal)
         else:
-            out = self._behind(q, k, v, padding, position, held)
+            out = self._masked(q, k, v, padding, position, held)
         return out, self._after(k, v, padding, position, held) if keep else None
 
-    def _behind(
-        self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, position: Tensor, held: Tensors
+    def _masked(
+        self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, position: Tensor, held: Tensors | None
     ) -> Tensor:
-        """New queries over the ring and the new keys."""
-        place = position if padding is None else position.masked_fill(~padding, -1)
-        place = torch.cat((held["place"], place), 1)[:, None]  # [B, 1, S + N]
-        age = position[:, :, None] - place
-        mask = (place >= 0) & (age >= 0) & ((age < self.method.window) | (place < self.method.sinks))
-        keys, values = torch.cat((held["k"], k.to(held["k"])), 2), torch.cat((held["v"], v.to(held["v"])), 2)
-        return sdpa(q.to(keys), keys, values, mask=mask[:, None]).to(q.dtype)
+        """New queries over the ring and the new keys, with the mask written out."""
+        place, dtype = position if padding is None else position.masked_fill(~padding, -1), q.dtype
+        if held is not None:
+            q, place = q.to(held["k"]), torch.cat((held["place"], place), 1)
+            k, v = torch.cat((held["k"], k.to(q)), 2), torch.cat((held["v"], v.to(q)), 2)
+        age = position[:, :, None] - place[:, None]  # [B, N, S + N]
+        near = (age < self.method.window) | (place[:, None] < self.method.sinks)
+        mask = (place >= 0)[:, None] & (age >= 0) & near
+        if padding is None and held is None:
+            mask = mask[:1]  # all rows alike
+        return sdpa(q, k, v, mask=mask[:, None]).to(dtype)
 
     def _after(self, k: Tensor, v: Tensor, padding: Tensor | None, position: Tensor, held: Tensors | None) -> Tensors:
         """The ring with the new tokens that stay; the others go to a slot that is thrown away."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -38,4 +39,14 @@ def decay_slopes(
         values = [8.0 * (h + 1) / heads * (1.0 - layer / layers) for h in range(heads)]
     else:
         values = [0.0] * heads
+    return (
+        _tensor(tuple(values), device)
+        if device is not None and device.type == "cuda"
+        else _tensor.__wrapped__(tuple(values), device)
+    )
+
+
+@lru_cache(maxsize=256)
+def _tensor(values: tuple[float, ...], device: torch.device | None) -> Tensor:
+    """Kept on CUDA, where a copy from the host cannot be part of a captured step; nobody writes into it."""
     return torch.tensor(values, dtype=torch.float64, device=device)
