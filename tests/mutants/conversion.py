@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qkv.convert import transmla
+from qkv.convert.lolcats import LoLCATs
 from qkv.convert.transmla import TransMLA
 from qkv.testing import mutant
 
@@ -159,6 +160,27 @@ def promise_less(x: Any) -> dict[str, Any]:
     return dict(TransMLA.spec.exact(x)) | {"kv_rank": 3}  # type: ignore[misc]
 
 
+def linearised(change: Callable[[Any], None]) -> type[LoLCATs]:
+    """LoLCATs whose finished modules are tampered with, one at a time."""
+
+    def build(self: LoLCATs, model: Any, sites: Any, data: Any) -> Any:
+        modules, notes = LoLCATs.build(self, model, sites, data)
+        for module in modules.values():
+            change(module)
+        return modules, notes
+
+    return mutant(LoLCATs, build=build)
+
+
+def hoards(store: Any) -> None:
+    store.recording = True  # keeps every token until somebody settles it
+
+
+def undoes(module: Any) -> None:
+    with torch.no_grad():
+        module.map_q.copy_(-module.map_q)
+
+
 MUTANTS: dict[str, list[tuple[str, Any]]] = {
     "exact_where_claimed": [
         ("interleaved_pairs", based(interleaved)),
@@ -176,6 +198,8 @@ MUTANTS: dict[str, list[tuple[str, Any]]] = {
     "prefill_equals_steps": [("absorbed_form", each(absorbs_wrong))],
     "generates": [("beams", each(memory(never_reorders))), ("lookup", each(memory(never_crops)))],
     "bytes_are_held": [("half", each(memory(lies))), ("full", each(memory(counts_latents)))],
+    "memory_is_constant": [("hoarding", linearised(memory(hoards)))],
+    "training_helps": [("undone", linearised(undoes))],
     "trains": [("frozen", each(frozen))],
     "low_precision": [("eight_bits", each(coarse))],
     "survives_saving": [("factor_in_a_hook", each(off_the_record))],

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qkv.cli._shared import DEVICE, DTYPE, JSON, METHOD, MODEL, load_model, methods_of, print_json, screen, working
+from qkv.cli._shared import (
+    DEVICE,
+    DTYPE,
+    JSON,
+    METHOD,
+    MODEL,
+    load_model,
+    messages,
+    methods_of,
+    print_json,
+    screen,
+    working,
+)
 
 EXAMPLES = (
     "qkv convert smollm2 -m transmla:kv_rank=256,rope_dim=32 --out runs/mla",
+    "qkv convert smollm2 -m lizard --rows 1024 --tokens 1024 --out runs/lizard",
     "qkv convert smollm2 -m transmla:kv_rank=128,rope_dim=64 --heal 1000 --device cuda --out runs/mla-healed",
     "python -c \"import qkv; model = qkv.load('runs/mla')\"",
 )
@@ -39,7 +53,10 @@ def command(
     device: Annotated[str | None, DEVICE] = None,
     json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Convert a model and save what differs from it; `qkv.load(DIR)` gives the converted model back."""
+    """Convert a model and save what differs from it; `qkv.load(DIR)` gives the converted model back.
+
+    Conversions that train keep checkpoints in DIR-training; after Ctrl-C the same command goes on from there.
+    """
     import copy
 
     import qkv
@@ -58,13 +75,40 @@ def command(
         data = calibration(network, tokenizer, rows, tokens, text)
     start = time.perf_counter()
     source = copy.deepcopy(network) if heal else None
-    with working("converting"):
-        qkv.apply(network, *chosen, data=data)
+    if any(m.spec.kind == "conversion" and m.spec.training is not None for m in chosen):
+        _train(network, chosen, data, out)
+    else:
+        with working("converting"):
+            qkv.apply(network, *chosen, data=data)
     if source is not None:
         _heal(network, source, tokenizer, heal_text, heal, batch, out)
     seconds = time.perf_counter() - start
     qkv.save(network, out)
+    shutil.rmtree(_kept(out), ignore_errors=True)
     _print(chosen, out, seconds, json)
+
+
+def _kept(out: Path) -> Path:
+    """Where a conversion that trains keeps its checkpoints until its result is saved."""
+    return out.with_name(f"{out.name}-training")
+
+
+def _train(model: Any, methods: list[Any], data: Any, out: Path) -> None:
+    """Apply a conversion that trains, with a progress bar on a terminal; it goes on where the same command was interrupted."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    import qkv
+    from qkv.core.conversion import Lessons
+
+    console = messages()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("converting", total=None)
+
+        def tell(done: int, total: int, note: str) -> None:
+            bar.update(task, completed=done, total=total, description=note)
+
+        qkv.apply(model, *methods, data=Lessons(batches=data, folder=_kept(out), progress=tell))
 
 
 def _heal(model: Any, source: Any, tokenizer: Any, text: str | None, steps: int, batch: int, out: Path) -> None:
