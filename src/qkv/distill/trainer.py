@@ -396,7 +396,7 @@ def distill(
     nets = describe(teacher, options.teacher_tokenizer), describe(student, options.tokenizer)
     method.check(*nets)
     _apart(teacher, student)
-    settings = _settings(arguments, method)
+    settings = settings_of(arguments, method.recipe())
     items = Items(data, options.tokenizer, options.max_length)
     _check_keys(items[0], teacher, student)
     lessons = {"student": _lesson(method, teacher, student, nets, settings)}
@@ -409,7 +409,7 @@ def distill(
         _lesson(one, teacher, student, nets, settings)
 
     out = Path(out)
-    run = _Run(items, Collator(nets[1].vocabulary, _pad(options.tokenizer, student)), settings, options, teacher, start)
+    run = Run(items, Collator(nets[1].vocabulary, _pad(options.tokenizer, student)), settings, options, teacher, start)
     if options.evaluate is not None:
         run.score("teacher", teacher)
         run.score("untrained", student)
@@ -468,17 +468,18 @@ def _apart(teacher: Any, student: Any) -> None:
         raise Refused("no parameter of the student is trainable (requires_grad is False everywhere)")
 
 
-def _settings(arguments: Mapping[str, Any], method: Objective) -> dict[str, Any]:
+def settings_of(arguments: Mapping[str, Any], recipe: Mapping[str, Any], who: str = "distill") -> dict[str, Any]:
+    """The training arguments: what was given, else what the recipe says. Raises `UnknownName`, `InvalidParameter`."""
     known = (*DECIDING, *HOUSEKEEPING)
     for name in arguments:
         if name not in known:
-            raise UnknownName(f"distill takes no argument {name!r}{near(name, known)}")
+            raise UnknownName(f"{who} takes no argument {name!r}{near(name, known)}")
     if arguments.get("max_steps") is None and arguments.get("num_train_epochs") is None:
         raise InvalidParameter("say how long to train: max_steps=... or num_train_epochs=...")
     for name in ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if arguments.get(name) is not None and not arguments[name] > 0:
             raise InvalidParameter(f"{name}={arguments[name]} must be positive")
-    return method.recipe() | {k: v for k, v in arguments.items() if v is not None}
+    return dict(recipe) | {k: v for k, v in arguments.items() if v is not None}
 
 
 def _check_keys(item: Mapping[str, Any], teacher: Any, student: Any) -> None:
@@ -512,16 +513,19 @@ def _lesson(
     return Taught(teacher, student, method, nets, helper)
 
 
-class _Run:
-    """What the student's training and the baselines' have in common."""
+class Run:
+    """What all trainings have in common. result: name of the folder of the trained model; more: facts that decide the result."""
 
     def __init__(
-        self, items: Items, collator: Collator, settings: dict[str, Any], options: Options, teacher: Any, start: Any
-    ) -> None:
+        self, items: Items, collator: Collator, settings: dict[str, Any], options: Options, teacher: Any = None,
+        start: Any = None, *, result: str = "student", more: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.items, self.collator, self.settings, self.options, self.start = items, collator, settings, options, start
         self.scores: dict[str, dict[str, float]] = {}
         self.data = {"items": len(items), "fingerprint": items.fingerprint(), "max_length": options.max_length}
-        self.teacher = {"class": type(teacher).__name__, "fingerprint": stack.fingerprint(teacher)}
+        self.result, self.more = result, dict(more or {})
+        if teacher is not None:
+            self.more["teacher"] = {"class": type(teacher).__name__, "fingerprint": stack.fingerprint(teacher)}
         self.main = int(os.environ.get("RANK", "0")) == 0
 
     def score(self, name: str, model: Any) -> None:
@@ -547,7 +551,7 @@ class _Run:
         facts = self._facts(lesson.student, objective, args)
         checkpoint = self._begin(folder, facts, resume)
         records = _run.Records(folder / "metrics.jsonl")
-        if checkpoint is None and (folder / "student" / _run.MANIFEST).is_file():
+        if checkpoint is None and (folder / self.result / _run.MANIFEST).is_file():
             return self._finished(lesson, folder, records.read())
         PartialState().wait_for_everyone()  # everyone has looked before anyone writes
         if self.main:
@@ -590,10 +594,10 @@ class _Run:
         chosen = {name: getattr(args, name) for name in DECIDING} | {"processes": args.world_size}
         facts = {
             "objective": objective,
-            "teacher": self.teacher,
             "student": {"class": type(student).__name__, "structure": h.hexdigest()},
             "data": self.data,
             "arguments": {k: getattr(v, "value", v) for k, v in chosen.items()},
+            **self.more,
         }
         return json.loads(json.dumps(facts, default=str))
 
@@ -614,7 +618,7 @@ class _Run:
         if not isinstance(resume, bool):
             _run.same_run(Path(resume), _run.verified(Path(resume))["run"], facts)
             return Path(resume)
-        if (folder / "student" / _run.MANIFEST).is_file():
+        if (folder / self.result / _run.MANIFEST).is_file():
             return None
         done = _run.checkpoints(folder / "checkpoints")
         if not done:
@@ -624,7 +628,7 @@ class _Run:
 
     def _finished(self, lesson: Lesson, folder: Path, records: list[dict[str, Any]]) -> tuple[int, float | None, Any]:
         """The run had ended: its student is loaded, nothing is trained."""
-        manifest = _run.read_json(folder / "student" / _run.MANIFEST)
+        manifest = _run.read_json(folder / self.result / _run.MANIFEST)
         done = _run.checkpoints(folder / "checkpoints")
         if not done or int(_run.verified(done[-1])["step"]) != manifest.get("steps"):
             raise SavedDataError(
@@ -656,25 +660,26 @@ class _Run:
 
     def _publish(self, student: Any, folder: Path, facts: dict[str, Any], steps: int, loss: float | None) -> None:
         def write(target: Path) -> None:
-            if hosts.carried(student):  # a converted model: what differs from its base, for `qkv.load`
+            if "teacher" in self.more and hosts.carried(student):  # a converted model: what differs from its base, for `qkv.load`
                 hosts.save(student, target)
-                about.update(_run.read_json(target / _run.MANIFEST))
             else:
                 with _quiet():
                     student.save_pretrained(target)
+            if (target / _run.MANIFEST).is_file():  # a folder of qkv's own: what it says about itself stays
+                about.update(_run.read_json(target / _run.MANIFEST))
             if self.options.tokenizer is not None:
                 self.options.tokenizer.save_pretrained(target)
 
         versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate)}
         about: dict[str, Any] = {
-            "kind": "distilled",
+            "kind": "distilled" if "teacher" in self.more else "trained",
             "run": facts,
             "steps": steps,
             "loss": loss if loss is None or math.isfinite(loss) else None,
             "student": {"class": type(student).__name__, "fingerprint": stack.fingerprint(student)},
             "versions": versions | {"python": platform.python_version()},
         }
-        _run.publish(folder / "student", write, about)
+        _run.publish(folder / self.result, write, about)
 
 
 @contextmanager

@@ -77,6 +77,12 @@ class ModelConfig:
         except (QKVError, TypeError) as error:
             raise SavedDataError(f"its configuration is not valid here: {error}") from error
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` into a folder, beside weights that another library saved there."""
+        (Path(folder) / "config.json").write_text(
+            json.dumps(self.to_dict(), indent=1, sort_keys=True), encoding="utf-8"
+        )
+
     def positive(self, *names: str) -> None:
         """Raise `InvalidParameter` unless these fields are ints of at least 1."""
         for name in names:
