@@ -27,8 +27,8 @@ def tiny_model(seed: int = 0, **more: int) -> hf.PreTrainedModel:
     return hf.LlamaForCausalLM(hf.LlamaConfig(**(sizes | more))).eval()
 
 
-def tiny_folder(path: Path, seed: int = 0) -> Path:
+def tiny_folder(path: Path, seed: int = 0, **more: int) -> Path:
     """Both, saved as `save_pretrained` does."""
-    tiny_model(seed).save_pretrained(path)
+    tiny_model(seed, **more).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
