@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -16,6 +17,7 @@ import qkv
 from qkv.core.attend import attend, sdpa
 from qkv.core.errors import InvalidInput, InvalidParameter, Refused, StateError
 from qkv.core.heads import HeadSet
+from qkv.core.steering import Running
 from qkv.steer import act as A
 from qkv.testing._tiny import decoder
 
@@ -310,33 +312,82 @@ def _by_hand(m: A.AttentionCalibration, q: Tensor, k: Tensor, v: Tensor, prompt:
     return torch.stack(rows, 2)
 
 
+MORE = {"mask": None, "causal": True, "scale": 0.5}
+
+
 def test_decoding_with_running_sums_equals_the_whole_map() -> None:
     m = method(decode=True, threshold=0.06)
     q, k, v = drawn(7)
-    run = m.wrap(site(), sdpa)
-    more = {"mask": None, "causal": True, "scale": 0.5}
-    run(q[:, :, :15], k[:, :, :15], v[:, :, :15], **more)
-    got = [run(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], **more) for t in range(15, 23)]
+    run = m.wrap_running(site(), sdpa, Running())
+    run(q[:, :, :15], k[:, :, :15], v[:, :, :15], **MORE)
+    got = [run(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], **MORE) for t in range(15, 23)]
     torch.testing.assert_close(torch.cat(got, 2)[:, [1, 4, 5]], _by_hand(m, q, k, v, 15), rtol=0, atol=1e-12)
     plain = sdpa(q, k, v, causal=True, scale=0.5)
     torch.testing.assert_close(torch.cat(got, 2)[:, [0, 2, 3]], plain[:, [0, 2, 3], 15:], rtol=0, atol=1e-12)
 
 
-def test_running_sums_follow_reordered_rows_and_refuse_strangers() -> None:
+def test_running_sums_are_a_value_of_the_generation() -> None:
+    """Two generations in turn, a copy, rows in another order, tokens taken back, all forgotten."""
+    m = method(decode=True, threshold=0.06)
+    (q, k, v), (q2, k2, v2) = drawn(8), drawn(9)
+    one, two = Running(), Running()
+    first, second = (m.wrap_running(site(), sdpa, r) for r in (one, two))
+    first(q[:, :, :15], k[:, :, :15], v[:, :, :15], **MORE)
+    second(q2[:, :, :15], k2[:, :, :15], v2[:, :, :15], **MORE)
+    twin, beams = one.copy(), torch.tensor([1, 1, 0])
+    one.select(beams)
+    got = first(q[beams][:, :, 15:16], k[beams][:, :, :16], v[beams][:, :, :16], **MORE)
+    want = _by_hand(m, q, k, v, 15)[:, :, :1]
+    torch.testing.assert_close(got[:, [1, 4, 5]], want[beams], rtol=0, atol=1e-12)
+    got = second(q2[:, :, 15:16], k2[:, :, :16], v2[:, :, :16], **MORE)
+    torch.testing.assert_close(got[:, [1, 4, 5]], _by_hand(m, q2, k2, v2, 15)[:, :, :1], rtol=0, atol=1e-12)
+    got = m.wrap_running(site(), sdpa, twin)(q[:, :, 15:16], k[:, :, :16], v[:, :, :16], **MORE)
+    torch.testing.assert_close(got[:, [1, 4, 5]], want, rtol=0, atol=1e-12)
+    state = twin.states[m]
+    assert (state.owner, state.seen) == ("act", 16) and state["mass"].shape == (2, 3, 16)
+    with pytest.raises(StateError, match="cannot be taken out"):
+        twin.crop(1)
+    twin.reset()
+    assert twin == Running() and method(decode=True) == m.replace(threshold=0.1)
+
+
+def test_sums_of_other_tokens_are_refused() -> None:
     m = method(decode=True, threshold=0.06)
     q, k, v = drawn(8)
-    run, more = m.wrap(site(), sdpa), {"mask": None, "causal": True, "scale": 0.5}
-    run(q[:, :, :15], k[:, :, :15], v[:, :, :15], **more)
-    beams = torch.tensor([1, 1, 0])
-    q3, k3, v3 = (x[beams] for x in (q, k, v))
-    got = run(q3[:, :, 15:16], k3[:, :, :16], v3[:, :, :16], **more)
-    torch.testing.assert_close(got[:, [1, 4, 5]], _by_hand(m, q, k, v, 15)[beams][:, :, :1], rtol=0, atol=1e-12)
-    for change in (lambda k: k[:, :, 1:], lambda k: k + 1e-3, lambda k: k[:, :, :10]):
-        with pytest.raises(StateError, match="does not continue the last one"):
-            run(q3[:, :, 16:17], change(k3[:, :, :17]), change(v3[:, :, :17]), **more)
-    fresh = method(decode=True)
-    with pytest.raises(StateError, match="start again"):
-        fresh.wrap(site(), sdpa)(q[:, :, 15:16], k[:, :, :16], v[:, :, :16], **more)
+    running = Running()
+    run = m.wrap_running(site(), sdpa, running)
+    run(q[:, :, :15], k[:, :, :15], v[:, :, :15], **MORE)
+    for keys, rows in ((slice(1, 16), slice(None)), (slice(0, 10), slice(None)), (slice(0, 16), slice(0, 1))):
+        with pytest.raises(StateError, match=r"15 are summed.*start again"):
+            run(q[rows, :, 15:16], k[rows, :, keys], v[rows, :, keys], **MORE)
+    for fresh in (m.wrap_running(site(), sdpa, Running()), m.wrap(site(), sdpa)):
+        with pytest.raises(StateError, match="0 are summed"):
+            fresh(q[:, :, 15:16], k[:, :, :16], v[:, :, :16], **MORE)
+
+
+def test_generations_in_turn_beams_and_crops_on_a_model() -> None:
+    model = decoder()
+    draw = torch.Generator().manual_seed(1)
+    ids, other = (torch.randint(1, 60, (2, 12), generator=draw) for _ in range(2))
+
+    def step(cache: Any, token: Tensor) -> Tensor:
+        return model(token, past_key_values=cache, use_cache=True).logits
+
+    with torch.no_grad(), qkv.applied(model, method(decode=True, threshold=0.05)):
+        caches = [model(x, use_cache=True).past_key_values for x in (ids, other)]
+        copied = copy.deepcopy(caches[0])
+        copied.reorder_cache(torch.tensor([1, 0]))
+        got = step(caches[0], other[:, :1]), step(caches[1], ids[:, :1]), step(copied, other[:, :1].flip(0))
+        for x, token, logits in ((ids, other[:, :1], got[0]), (other, ids[:, :1], got[1])):
+            assert torch.equal(step(model(x, use_cache=True).past_key_values, token), logits)
+        torch.testing.assert_close(got[2].flip(0), got[0], rtol=0, atol=1e-12)
+        with pytest.raises(StateError, match="cannot be taken out"):
+            caches[0].crop(-1)
+        assert caches[0].layers[2].get_seq_length() == 13  # it is not taken back by half
+    with torch.no_grad(), qkv.applied(model, method(decode=True), "window:budget=8"):
+        cache = model(ids, use_cache=True).past_key_values
+        with pytest.raises(StateError, match="evicts"):
+            step(cache, other[:, :1])
 
 
 def test_beams_run_with_running_sums() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv.core.steering import Running
 from qkv.steer import act, head_ablation
 from qkv.testing import mutant
 
@@ -92,6 +93,31 @@ def ablates_in_the_batch(out: Tensor, plain: Tensor, heads: list[int]) -> Tensor
     return out + 1e-3 * plain.mean(0, keepdim=True)
 
 
+KEPT: dict[Any, Running] = {}
+
+
+def wrap_on_the_method(self: Any, site: Any, compute: Any, running: Any) -> Any:
+    """The sums are kept for the site, whoever calls."""
+    return act.AttentionCalibration.wrap_running(self, site, compute, KEPT.setdefault(site.name, Running()))
+
+
+def wrap_beside_the_cache(self: Any, site: Any, compute: Any, running: Any) -> Any:
+    """The sums are kept for the generation, but nobody tells them of its beams."""
+    return act.AttentionCalibration.wrap_running(self, site, compute, KEPT.setdefault(id(running), Running()))
+
+
+def sums(wrap: Any) -> Callable[[], Any]:
+    """With fresh sums for every run of the law."""
+
+    def make() -> Any:
+        KEPT.clear()
+        return mutant(act.AttentionCalibration, wrap_running=wrap, trials=DECODING)
+
+    return make
+
+
+DECODING = ({"heads": ("2.1", "2.2", "3.5"), "beta": 0.0, "threshold": 0.05, "decode": True},)
+
 MUTANTS: dict[str, list[tuple[str, Any]]] = {
     "neutral_is_the_model": [
         ("rounds", edited(act.AttentionCalibration, times_one)),
@@ -113,8 +139,12 @@ MUTANTS: dict[str, list[tuple[str, Any]]] = {
         ("leaks over the batch", edited(head_ablation.HeadAblation, ablates_in_the_batch)),
     ],
     "the_hook_fires": [
-        ("never edits", mutant(act.AttentionCalibration, wrap=lambda self, site, compute: compute)),
+        ("never edits", mutant(act.AttentionCalibration, wrap_running=lambda self, site, compute, running: compute)),
         ("fits one layer only", mutant(head_ablation.HeadAblation, wrap=lambda self, site, compute: compute)),
+    ],
+    "generations_are_apart": [
+        ("sums on the method", sums(wrap_on_the_method)),
+        ("sums blind to beams", sums(wrap_beside_the_cache)),
     ],
     "acts_or_is_refused": [
         ("accepts anything", mutant(head_ablation.HeadAblation, fits=lambda self, site: None)),

@@ -26,7 +26,7 @@ from qkv.core.operator import Operator
 from qkv.core.pattern import Pattern
 from qkv.core.site import Site
 from qkv.core.spec import Method
-from qkv.core.steering import Steering
+from qkv.core.steering import Running, Steering
 
 FORMAT = 1
 ROLES = {
@@ -94,15 +94,19 @@ class SiteState:
         altered = self.operator is not None and self.operator.id != "full"
         return not (altered or self.pattern is not None or self.steering)
 
-    def compute(self, dropout: float = 0.0) -> Compute | None:
-        """The attention of this site, or None for plain exact attention. dropout: for plain attention in training."""
+    def compute(self, dropout: float = 0.0, running: Running | None = None) -> Compute | None:
+        """The attention of this site, or None for plain exact attention.
+
+        dropout: for plain attention in training. running: what steerings keep along the generation that this call is part of.
+        """
         run: Compute | None = None
         if self.operator is not None and self.operator.id != "full":
             run = _operator_compute(self.operator)
         if self.pattern is not None:
             run = self.pattern.attention
         for method in self.steering:
-            run = method.wrap(self.site, run or sdpa)
+            inner = run or sdpa
+            run = method.wrap(self.site, inner) if running is None else method.wrap_running(self.site, inner, running)
         for callback in self.observers:
             run = _observed(self.site, run or (functools.partial(sdpa, dropout=dropout) if dropout else sdpa), callback)
         return run

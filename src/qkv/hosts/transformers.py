@@ -28,7 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qkv.caches._stores.dense import DenseCache
 from qkv.core.attend import causal_mask, sdpa
-from qkv.core.cache import Board, CacheMethod, Geometry, LayerCache, Rope, Step
+from qkv.core.cache import Board, CacheMethod, Geometry, Rope, Step
 from qkv.core.conversion import Conversion
 from qkv.core.errors import InvalidInput, NotApplied, Refused, SavedDataError, StateError
 from qkv.core.operator import Operator
@@ -519,7 +519,7 @@ def attention_function(
     if layer is None:
         out = _uncached(state, query, key, value, attention_mask, dropout, scale, causal)
     else:
-        out = _cached(state, layer.memory, query, key, value, attention_mask, scale)
+        out = _cached(state, layer, query, key, value, attention_mask, scale)
     state.tally.calls += 1
     return out.transpose(1, 2).contiguous(), None
 
@@ -567,10 +567,11 @@ def _uncached(
 
 
 def _cached(
-    state: SiteState, memory: LayerCache, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    state: SiteState, layer: QKVLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Generation: the site's memory absorbs the new keys and values and attends."""
     b, _, n, _ = q.shape
+    memory = layer.memory
     session, seen = state.session, memory.seen
     if session.now is not None:
         return memory.step(q, k, v, scale, session.now)
@@ -582,7 +583,8 @@ def _cached(
     elif mask is not None:
         other, mask = mask, None
     position = session.positions(mask, seen, b, n, q.device)
-    out = memory.attend(q, k, v, Step(position, scale, padding, other, state.compute(), True))
+    compute = state.compute(running=layer.running)
+    out = memory.attend(q, k, v, Step(position, scale, padding, other, compute, True))
     tally = state.tally
     tally.seen, tally.bytes = memory.seen, memory.bytes()
     tally.full_bytes = memory.full_bytes(k, v)

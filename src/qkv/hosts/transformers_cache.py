@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from qkv.core.cache import LayerCache
 from qkv.core.errors import InvalidInput, QKVError, Refused, SavedDataError, StateError
+from qkv.core.steering import Running
 from qkv.hosts.stack import SiteState
 
 handoff = threading.local()
@@ -27,6 +28,7 @@ class QKVLayer(DynamicLayer):
     def __init__(self, memory: LayerCache, state: SiteState) -> None:
         super().__init__()
         self.memory, self.state = memory, state
+        self.running = Running()
         self.record_past = False
         self.is_initialized = True
 
@@ -62,26 +64,32 @@ class QKVLayer(DynamicLayer):
         """Forget the newest tokens (a count <= 0, as in transformers 5)."""
         if tokens_to_remove > 0:
             raise InvalidInput(f"crop takes the number of tokens to remove as a negative count, got {tokens_to_remove}")
+        self.running.crop(-tokens_to_remove)
         self.memory.crop(-tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything."""
+        self.running.reset()
         self.memory.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beams."""
-        self.memory.select(beam_idx)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         indices = torch.as_tensor(indices)
-        self.memory.select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+        self._select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat rows."""
         rows = self.memory.positions().shape[0] if self.memory.seen else 0
         if rows:
-            self.memory.select(torch.arange(rows).repeat_interleave(repeats))
+            self._select(torch.arange(rows).repeat_interleave(repeats))
+
+    def _select(self, rows: Tensor) -> None:
+        self.running.select(rows)
+        self.memory.select(rows)
 
     def offload(self) -> None:
         """Not supported: the memory decides where it lives."""
@@ -94,7 +102,7 @@ class QKVLayer(DynamicLayer):
     def __deepcopy__(self, memo: dict[int, Any]) -> QKVLayer:
         """A copy with a memory of its own at the same site of the same model."""
         twin = QKVLayer(copy.deepcopy(self.memory, memo), self.state)
-        twin.record_past = self.record_past
+        twin.running, twin.record_past = self.running.copy(), self.record_past
         return twin
 
 

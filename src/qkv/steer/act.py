@@ -11,7 +11,7 @@ Axes: B batch, H query heads, G key/value heads, N queries, M keys, W sink colum
 Paper: Yu et al., arXiv:2406.15765 (ICML 2024), with its code. Differences: every sample has its own sinks (the code edits
 sample 0 of a batch); padding is in neither sums nor counts; `decode` and `min_rows` are ours, off by default. As in the code
 only square maps are edited: tokens that continue a cache (decoding, later chunks of a prompt) are not, unless decode=True, which
-scores a block of several such tokens as a whole.
+scores a block of several such tokens as a whole. Its sums are a state of the generation (`qkv.core.steering.Running`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ from qkv.core.heads import HeadSet, HeadTable
 from qkv.core.probe import Progress
 from qkv.core.site import Site
 from qkv.core.spec import Limit, param
-from qkv.core.steering import Steering, SteeringSpec
+from qkv.core.state import State
+from qkv.core.steering import Running, Steering, SteeringSpec
 from qkv.hosts import applied, sites
 from qkv.steer._heads import absent, listed, nonsense
 
@@ -66,14 +67,6 @@ def reference(
     rest = (maps * ~sink).sum(-1, keepdim=True)
     edited = torch.where(sink, beta * maps, maps * (1 + freed / torch.where(rest > 0, rest, 1.0)))
     return torch.where(rest > 0, edited, maps)
-
-
-class Sums(NamedTuple):
-    """Column sums so far at a site: mass ``[B, H', M]``, count ``[B, 1|H', M]``, last ``[B, G, D]`` the newest key in them."""
-
-    mass: Tensor
-    count: Tensor
-    last: Tensor
 
 
 def pick_sinks(mass: Tensor, count: Tensor, *, threshold: float, min_rows: int, keep_first: bool) -> Tensor:
@@ -256,7 +249,6 @@ class AttentionCalibration(Steering):
     def __post_init__(self) -> None:
         listed(self)
         super().__post_init__()
-        object.__setattr__(self, "_sums", {})
 
     def validate(self) -> None:
         """Layers are a pair."""
@@ -265,6 +257,10 @@ class AttentionCalibration(Steering):
 
     def wrap(self, site: Site, compute: Compute) -> Compute:
         """See `Steering.wrap`. Raises `Refused` over anything but plain softmax attention."""
+        return self.wrap_running(site, compute, Running())
+
+    def wrap_running(self, site: Site, compute: Compute, running: Running) -> Compute:
+        """See `Steering.wrap_running`: with ``decode=True`` column sums are kept from call to call."""
         heads = self.heads_at(site)
         if not heads or self.beta == 1.0 or self.threshold >= 1.0:
             return compute
@@ -278,7 +274,7 @@ class AttentionCalibration(Steering):
             out = compute(q, k, v, mask=mask, causal=causal, scale=scale)
             if q.shape[2] != k.shape[2] and not self.decode:
                 return out
-            return self._edit(site, heads, out, q, k, v, mask, causal, scale)
+            return self._edit(site, running, out, q, k, v, mask, causal, scale)
 
         return run
 
@@ -305,27 +301,23 @@ class AttentionCalibration(Steering):
     # -- one call -------------------------------------------------------------------------------------------------
 
     def _edit(
-        self, site: Site, heads: tuple[int, ...], out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+        self, site: Site, running: Running, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
         causal: bool, scale: float,
     ) -> Tensor:  # fmt: skip
         """`out` ``[B, H, N, E]`` with the listed heads calibrated."""
-        h, g, n, m = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
-        index = torch.tensor(heads, device=q.device)
+        b, h, n, _ = q.shape
+        g, m = k.shape[1:3]
+        index = torch.tensor(self.heads_at(site), device=q.device)
         wide = torch.promote_types(q.dtype, torch.float32)
         if mask is not None and mask.shape[1] > 1:
             mask = mask[:, index if mask.shape[1] == h else index // (h // g)]
-        newest, before = k[:, :, -1], self._before(site, k, n) if self.decode else None
         q, k, v = (
             x.index_select(1, i).to(wide) for x, i in ((q, index), (k, index // (h // g)), (v, index // (h // g)))
         )
         got = column_means(q, k, v, mask=mask, causal=causal, scale=scale)
         mass, count = got.mass, got.count
-        if before is not None:
-            mass, count = (
-                x + torch.nn.functional.pad(y, (0, n)) for x, y in ((mass, before.mass), (count, before.count))
-            )
         if self.decode:
-            self._sums[site.name] = Sums(mass.detach(), count.detach(), newest.detach().clone())  # type: ignore[attr-defined]
+            mass, count = self._added(site, running, mass, count.expand(b, -1, -1), n)
         sink = pick_sinks(mass, count, threshold=self.threshold, min_rows=self.min_rows, keep_first=self.keep_first)
         if m == 1 or not bool(sink.any()):
             return out
@@ -333,29 +325,21 @@ class AttentionCalibration(Steering):
         plain = out.index_select(1, index)
         return out.index_copy(1, index, torch.where(edited.unsqueeze(-1), new.to(out.dtype), plain))
 
-    def _before(self, site: Site, k: Tensor, new: int) -> Sums | None:
-        """The running sums over the keys that were there before this call, row by row (beams may have been reordered).
+    def _added(self, site: Site, running: Running, mass: Tensor, count: Tensor, new: int) -> tuple[Tensor, Tensor]:
+        """Column sums ``[B, H', M]`` and counts ``[B, 1|H', M]`` of this call on top of the generation's, which are kept.
 
-        The rows are recognised by their newest key: the sums of another conversation, or of a cache that was cropped, evicted or
-        quantised since, are an error rather than a wrong edit.
+        Raises `StateError` when they are not those of the ``M - new`` keys that were there before (an evicting cache, a cache
+        filled before act was applied or read from a folder, a call outside any generation).
         """
-        old = k.shape[2] - new
-        if old == 0:
-            return None
-        sums: Sums | None = self._sums.get(site.name)  # type: ignore[attr-defined]
-        if sums is None or sums.mass.shape[-1] != old or sums.last.shape[1:] != k.shape[1:2] + k.shape[3:]:
-            raise StateError(self._lost(site))
-        same = (k[:, None, :, old - 1] == sums.last[None]).all(-1).all(-1)  # [B', B]
-        if not bool(same.any(-1).all()):
-            raise StateError(self._lost(site))
-        rows = same.to(torch.int8).argmax(-1)
-        count = sums.count if sums.count.shape[0] == 1 else sums.count[rows]
-        return Sums(sums.mass[rows], count, sums.last[rows])
-
-    @staticmethod
-    def _lost(site: Site) -> str:
-        return (
-            f"act at {site.name}: decode=True keeps running column sums, and this call does not continue the last one (another "
-            "conversation in between, a cropped, evicting or quantised cache, or a cache filled before act was applied); start "
-            "again from the prompt, or use decode=False"
-        )
+        old, before = mass.shape[-1] - new, running.states.get(self)
+        if old:
+            if before is None or before.seen != old or before["mass"].shape[0] != mass.shape[0]:
+                raise StateError(
+                    f"act at {site.name}: decode=True keeps column sums along a generation, and they do not cover the {old} "
+                    f"tokens before this call ({before.seen if before else 0} are summed): a cache that evicts, was filled "
+                    "before act was applied, or was read from a folder; start again from the prompt, or use decode=False"
+                )
+            pads = (torch.nn.functional.pad(before[name], (0, new)) for name in ("mass", "count"))
+            mass, count = (x + y for x, y in zip((mass, count), pads, strict=True))
+        running.states[self] = State(self.id, {"mass": mass.detach(), "count": count.detach()}, old + new)
+        return mass, count

@@ -8,7 +8,7 @@ Axes: B batch, H query heads, G key/value heads, N queries, M keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import qkv
 from qkv.core.attend import sdpa
+from qkv.core.errors import BrokenLaw, StateError
 from qkv.core.site import Site
 from qkv.testing._law import Case, close, expect, law, refuses, same
 from qkv.testing._tiny import VOCABULARY, decoder, snapshot, weights
@@ -208,6 +209,43 @@ def the_hook_fires(case: Case) -> None:
     expect(snapshot(model) == before, "the model is not as before after revert")
     for name, value in weights(model).items():
         same(value, values[name], name)
+
+
+@law(
+    "steering",
+    "What a steering keeps from call to call belongs to the cache of one generation: generations in turn do not mix, a copy "
+    "goes its own way, rows in another order (beams) keep their own. Keep it in `Running`, never on the method.",
+)
+def generations_are_apart(case: Case) -> None:
+    """Two prompts decoded in turn, and one of them again with its rows reordered and repeated."""
+    model, (ids, mask) = decoder(case.device), _prompt(case)
+    other = ids.flip(1).where(mask.bool(), ids)
+    rows = torch.tensor([1, 0, 1], device=ids.device)
+    n = ids.shape[1] - 3
+
+    def step(cache: Any, x: Tensor, seen: Tensor, t: int) -> Tensor:
+        return model(x[:, t : t + 1], attention_mask=seen[:, : t + 1], past_key_values=cache, use_cache=True).logits
+
+    with torch.no_grad(), qkv.applied(model, case.method):
+        alone = [_logits(model, x, mask)[:, n:] for x in (ids, other)]
+        caches = [
+            model(x[:, :n], attention_mask=mask[:, :n], use_cache=True).past_key_values for x in (ids, other, ids)
+        ]
+        caches[2].batch_select_indices(rows)
+        given = ((ids, mask), (other, mask), (ids[rows], mask[rows]))
+        turns: list[list[Tensor]] = [[], [], []]
+        for t in range(n, n + 3):
+            for logits, cache, (x, seen) in zip(turns, caches, given, strict=True):
+                logits.append(_kept(lambda c=cache, x=x, s=seen, t=t: step(c, x, s, t)))
+    for what, got, want in zip(("first", "second", "reordered"), turns, (*alone, alone[0][rows]), strict=True):
+        close(torch.cat(got, 1), want, atol=EXACT, what=f"logits of the {what} generation, decoded in turn with others")
+
+
+def _kept(run: Callable[[], Tensor]) -> Tensor:
+    try:
+        return run()
+    except StateError as error:
+        raise BrokenLaw(f"a generation that others took turns with was not continued: {error}") from error
 
 
 @law("steering", "A configuration that can act nowhere in a model is refused when it is applied, not silently ignored.")
