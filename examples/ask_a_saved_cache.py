@@ -1,6 +1,6 @@
 """Read a document once, keep its 4-bit cache in a folder, and ask it two questions later.
 
-    python examples/ask_a_saved_cache.py [MODEL]
+python examples/ask_a_saved_cache.py [MODEL]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measure methods on a model of yours from Python: what `qkv bench` does, as a call.
 
-    python examples/compare_methods.py [MODEL] [FOLDER]
+python examples/compare_methods.py [MODEL] [FOLDER]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which heads look at the first token? A probe reads, and changes no bit of the output.
 
-    python examples/find_heads.py [MODEL]
+python examples/find_heads.py [MODEL]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An operator as a function: gated linear attention over a whole sequence, and the same one token at a time.
 
-    python examples/linear_attention.py
+python examples/linear_attention.py
 """
 
 from __future__ import annotations

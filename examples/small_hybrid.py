@@ -1,6 +1,6 @@
 """Train a byte model with two linear layers and one softmax layer for a moment, save it, and go on from its state.
 
-    python examples/small_hybrid.py
+python examples/small_hybrid.py
 """
 
 from __future__ import annotations
