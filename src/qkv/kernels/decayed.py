@@ -10,19 +10,30 @@ that same pass with other operands. With W_ij = exp(G_i - G_j), j <= i, and one 
     dk_j = sum_{i >= j} (v_j . do_i) W_ij q_i        backwards, dS transposed
     dv_j = sum_{i >= j} (k_j . q_i)  W_ij do_i       backwards; its last state is the gradient of the first one
 
-and dG = sum_d (q dq - k dk), dg = sum of all later dG, plus S . dS at the end. With a decay per channel, W sits on the channels
-that o and dv sum over (kernel `_scan_sum`, the map is made first by `_map`) or on the channels of dq and dk (`_scan_each`, what
-tokens of a chunk owe one another comes first from `_owed`). Inside a chunk the later half of a block reads the earlier half
-through its own first row, and so on by halves down to single tokens: every exponent is <= 0 however strong the decay, and all
-work is dot products. When there are too few heads to fill the device, the sequence is cut into segments: their states alone
-are summed first, then every segment starts from the right one.
+and dg_t, the sum of all later dG = sum_d (q dq - k dk), is never summed over more than one chunk, where its errors would add up.
+What crosses a whole chunk is one product of states, what starts or ends in it a sum of its tokens:
+
+    dg_t = exp(G_last) S_start . dS_end  +  sum_{j < t} k_j . dk_j(later chunks)  +  sum_{i >= t} q_i . dq_i(earlier chunks)
+         + sum_{i >= t > j} (q_i . k_j) W_ij (do_i . v_j)                         t, i, j in the chunk
+
+(S . dS per channel with a decay per channel): every sum holds only what really crosses t. The pass of dq writes S at the start
+of each chunk, in the type of dot products, and the pass of dk multiplies it by its dS.
+
+With a decay per channel, W sits on the channels that o and dv sum over (kernel `_scan_sum`, the map is made first by `_map`) or
+on the channels of dq and dk (`_scan_each`, what tokens of a chunk owe one another comes first from `_owed`). Inside a chunk the
+later half of a block reads the earlier half through its own first row, and so on by halves down to single tokens: every exponent
+is <= 0 however strong the decay, and all work is dot products. When there are too few heads to fill the device, the sequence is
+cut into segments: their states alone are summed first, then every segment starts from the right one.
 
 Precision: sums in float32. bfloat16 operands stay bfloat16; float16 operands (exact in tf32, whose range is that of float32)
 are multiplied as tf32, so that scores beyond 65504 do not overflow; float32 as three tf32 products (``tf32x3``), near float32.
 A computed map is never transposed: its transpose is computed from the loaded operands, since Triton 3.4 to 3.7.0 multiplies
-the transpose of a product wrongly on Hopper.
+the transpose of a product wrongly on Hopper. dq and dk round their maps alike, so that what a chunk owes itself cancels in dG.
+Errors relative to the norm in bfloat16: about 3e-3 of everything, the gradient of the decay included, whatever N; see
+benchmarks/linear_gpu.py and tests/test_decayed_kernels.py.
 
-Bound: bytes of q, k, v, out (and gradients), each once; FLOPs 2 N C (D + E) + 4 N D E per head and pass.
+Bound: bytes of q, k, v, out (and gradients), each once; FLOPs 2 N C (D + E) + 4 N D E per head and pass. The backward pass of a
+decay holds N / C states of D E elements per head for its duration: with D = E = 128 as many bytes as two of q.
 Axes: B batch, H query heads, G key/value heads, N tokens, C chunk, D key width, E value width; K the width a pass sums over,
 Z the width it writes.
 """
@@ -82,7 +93,7 @@ def _tile(ptr, r, c, stride, rows, columns):
     ]
 )
 def _scan(
-    x_ptr, y_ptr, z_ptr, g_ptr, w_ptr, start_ptr, out_ptr, weighed_ptr, end_ptr, rate_ptr,
+    x_ptr, y_ptr, z_ptr, g_ptr, w_ptr, start_ptr, out_ptr, weighed_ptr, held_ptr, carry_ptr, end_ptr, rate_ptr,
     scale_in, scale_out, H, N, KW, ZW, pairs, segments, per,
     x_b, x_h, x_n, x_r, y_b, y_h, y_n, y_r, z_b, z_h, z_n, z_r, g_b, g_h, g_n, w_b, w_h, w_n, w_r,
     s_pair, s_seg, s_k, s_z,
@@ -92,8 +103,10 @@ def _scan(
     """out_i = sum_j (x_i . y_j) W_ij z_j over j <= i (BACK: j >= i), one decay per token or none; grid (tiles, B H, segments).
 
     Starts from one state per segment. WEIGH: also write sum_z w out per token, without the token's own share, which dq and dk
-    have in common and their difference is better off without. ENDS: only the state of each segment,
-    from zero, and what the segment leaves of an earlier state. BACK counts chunks and segments from the end.
+    have in common and their difference is better off without; and hold the state at the start of each chunk, or (BACK) write
+    the carry of each chunk: those states times the ones of this pass, plus the part of the sums that comes from other chunks.
+    ENDS: only the state of each segment, from zero, and what the segment leaves of an earlier state. BACK counts chunks and
+    segments from the end.
     """
     tile, pair, seg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (pair // H).to(tl.int64), pair % H
@@ -104,6 +117,9 @@ def _scan(
     g_ptr += b * g_b + h.to(tl.int64) * g_h
     out_ptr += pair.to(tl.int64) * N * ZW
     weighed_ptr += (tile.to(tl.int64) * pairs + pair) * N
+    chunks = tl.cdiv(N, C)
+    held_ptr += pair.to(tl.int64) * chunks * KW * ZW
+    carry_ptr += (tile.to(tl.int64) * pairs + pair) * chunks
     r, kk, zz = tl.arange(0, C), tl.arange(0, K), tile * Z + tl.arange(0, Z)
     inside = (kk < KW)[:, None] & (zz < ZW)[None, :]
     s = tl.zeros((K, Z), tl.float32)
@@ -115,7 +131,6 @@ def _scan(
     else:
         seen = r[:, None] >= r[None, :]
     left = 0.0
-    chunks = tl.cdiv(N, C)
     for step in range(seg * per, tl.minimum(seg * per + per, chunks)):
         c = step
         if BACK:
@@ -132,6 +147,12 @@ def _scan(
             left += last
         if not ENDS:
             x = _tile(x_ptr + low * x_n, r[:, None], kk[None, :], x_n, rows, KW).to(DT)
+            if WEIGH:
+                spot = held_ptr + c.to(tl.int64) * KW * ZW + kk[:, None] * ZW + zz[None, :]
+                if BACK:
+                    held = tl.load(spot, mask=inside, other=0.0).to(tl.float32)
+                else:
+                    tl.store(spot, s.to(held_ptr.dtype.element_ty), mask=inside)
             p = tl.dot(x, yt, input_precision=PRECISION)
             inter = tl.dot(x, s.to(DT), input_precision=PRECISION)
             if DECAY:
@@ -150,6 +171,9 @@ def _scan(
             if WEIGH:
                 w = _tile(w_ptr + low * w_n, r[:, None], zz[None, :], w_n, rows, ZW).to(tl.float32)
                 tl.store(weighed_ptr + low + r, tl.sum(w * out, 1), mask=r < rows)
+                if BACK:
+                    across = tl.sum(tl.sum(held * s, 1), 0) * tl.exp(last)
+                    tl.store(carry_ptr + c, across + tl.sum(tl.sum(w * inter, 1), 0) * scale_out)
                 out += own[:, None] * z.to(tl.float32) * (scale_in * scale_out)
             fits = (r < rows)[:, None] & (zz < ZW)[None, :]
             tl.store(out_ptr + low * ZW + r[:, None] * ZW + zz[None, :], out.to(out_ptr.dtype.element_ty), mask=fits)
@@ -314,14 +338,15 @@ def _through(total, total_ptr, r, d, DW, C: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit(do_not_specialize=["H", "N", "room", "k_r", "v_r"])
 def _owed(
-    q_ptr, k_ptr, v_ptr, grad_ptr, total_ptr, dq_ptr, dk_ptr, own_ptr, scale, H, N, DW, EW, room,
+    q_ptr, k_ptr, v_ptr, grad_ptr, total_ptr, dq_ptr, dk_ptr, own_ptr, slope_ptr, scale, H, N, DW, EW, room,
     q_b, q_h, q_n, k_b, k_h, k_n, k_r, v_b, v_h, v_n, v_r, do_b, do_h, do_n,
     LEVELS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr, Z: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q and k that come from other tokens of the same chunk, decay per channel; grid (chunks, B H, tiles).
 
-    own: what a token owes to itself, do . v, times k in dq and times q in dk.
+    own: what a token owes to itself, do . v, times k in dq and times q in dk. slope: q dq - k dk of the others, with q and k as
+    the products round them, so that it sums to 0 over the chunk.
     """
     c, pair, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (pair // H).to(tl.int64), pair % H
@@ -347,17 +372,22 @@ def _owed(
     q = _tile(q_ptr, i, d[None, :], q_n, rows, DW).to(tl.float32)
     k = _tile(k_ptr, i, d[None, :], k_n, rows, DW).to(tl.float32)
     total = _tile(total_ptr, i, d[None, :], DW, C, DW)
-    dq, dk = tl.zeros((C, Z), tl.float32), tl.zeros((C, Z), tl.float32)
+    dq, dk, slope = tl.zeros((C, Z), tl.float32), tl.zeros((C, Z), tl.float32), tl.zeros((C, Z), tl.float32)
     for level in tl.static_range(LEVELS):
         late, early = _through(total, total_ptr, r, d, DW, C, C >> (level + 1))
         a = tl.where(_below(i, j, C >> (level + 1)), owed, 0.0).to(DT)
-        dq += late * tl.dot(a, (k * early).to(DT), input_precision=PRECISION)
         a_t = tl.where(_below(j, i, C >> (level + 1)), owed_t, 0.0).to(DT)
-        dk += early * tl.dot(a_t, (q * late).to(DT), input_precision=PRECISION)
+        ql, ke = (q * late).to(DT), (k * early).to(DT)
+        to_q = tl.dot(a, ke, input_precision=PRECISION)
+        to_k = tl.dot(a_t, ql, input_precision=PRECISION)
+        dq += late * to_q
+        dk += early * to_k
+        slope += ql.to(tl.float32) * to_q - ke.to(tl.float32) * to_k
     at = (pair.to(tl.int64) * N + low) * DW
     fits = (i < rows) & (d < DW)[None, :]
     tl.store(dq_ptr + at + i * DW + d[None, :], dq * scale, mask=fits)
     tl.store(dk_ptr + at + i * DW + d[None, :], dk * scale, mask=fits)
+    tl.store(slope_ptr + at + i * DW + d[None, :], slope * scale, mask=fits)
     if tile == 0:
         tl.store(own_ptr + pair.to(tl.int64) * N + low + r, own * scale, mask=r < rows)
 
@@ -366,7 +396,8 @@ def _owed(
     do_not_specialize=["H", "N", "room", "segments", "per", "x_r", "y_r", "z_r", "w_r", "s_pair", "s_seg", "s_k", "s_z"]
 )
 def _scan_each(
-    x_ptr, y_ptr, z_ptr, w_ptr, total_ptr, owed_ptr, own_ptr, slope_ptr, start_ptr, out_ptr, sums_ptr, end_ptr, rate_ptr,
+    x_ptr, y_ptr, z_ptr, w_ptr, total_ptr, owed_ptr, own_ptr, slope_ptr, start_ptr, out_ptr, held_ptr, carry_ptr, end_ptr,
+    rate_ptr,
     scale_in, scale_out, H, N, KW, ZW, room, segments, per,
     x_b, x_h, x_n, x_r, y_b, y_h, y_n, y_r, z_b, z_h, z_n, z_r, w_b, w_h, w_n, w_r,
     s_pair, s_seg, s_k, s_z,
@@ -375,7 +406,7 @@ def _scan_each(
 ):  # fmt: skip
     """As `_scan`, with a decay per channel of the output: dq, then (BACK) dk, each on top of what `_owed` wrote.
 
-    dq leaves q dq in `slope`; dk turns it into dG = q dq - k dk and writes its sum over each chunk.
+    dq adds q dq to `slope` and holds its states; dk takes k dk away and writes the carry of each chunk. See `_scan`.
     """
     tile, pair, seg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (pair // H).to(tl.int64), pair % H
@@ -412,13 +443,20 @@ def _scan_each(
             fits = (r < rows)[:, None] & (zz < ZW)[None, :]
             out = tl.load(owed_ptr + spot, mask=fits, other=0.0)
             w = _tile(w_ptr + low * w_n, r[:, None], zz[None, :], w_n, rows, ZW).to(tl.float32)
+            slope = tl.load(slope_ptr + spot, mask=fits, other=0.0)
+            held_at = held_ptr + (pair.to(tl.int64) * chunks + c) * KW * ZW + kk[:, None] * ZW + zz[None, :]
             if BACK:
-                out += inter * after * scale_out
-                slope = tl.load(slope_ptr + spot, mask=fits, other=0.0) - w * out
-                tl.store(sums_ptr + (pair.to(tl.int64) * chunks + c) * ZW + zz, tl.sum(slope, 0), mask=zz < ZW)
+                held = tl.load(held_at, mask=inside, other=0.0).to(tl.float32)
+                inter = inter * after * scale_out
+                fall = w * inter
+                slope -= fall
+                carry = tl.sum(held * s, 0) * tl.exp(last) + tl.sum(fall, 0)
+                tl.store(carry_ptr + (pair.to(tl.int64) * chunks + c) * ZW + zz, carry, mask=zz < ZW)
             else:
-                out += inter * before * scale_out
-                slope = w * out
+                tl.store(held_at, s.to(held_ptr.dtype.element_ty), mask=inside)
+                inter = inter * before * scale_out
+                slope += w * inter
+            out += inter
             tl.store(slope_ptr + spot, slope, mask=fits)
             own = tl.load(own_ptr + pair.to(tl.int64) * N + low + r, mask=r < rows, other=0.0)
             out += own[:, None] * z
@@ -436,7 +474,7 @@ def _scan_each(
 
 @triton.jit(do_not_specialize=["N"])
 def _suffix(slope_ptr, carry_ptr, out_ptr, N, ZW, C: tl.constexpr, Z: tl.constexpr):
-    """dg: the sum of dG over a token and all later ones; carry holds that over all later chunks. Grid (chunks, B H, tiles)."""
+    """dg: the sum of dG over a token and the later ones of its chunk, plus the carry of the chunk; grid (chunks, B H, tiles)."""
     c, pair, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     r, d = tl.arange(0, C)[:, None], tile * Z + tl.arange(0, Z)
     at = (pair.to(tl.int64) * N + c * C) * ZW
@@ -445,6 +483,23 @@ def _suffix(slope_ptr, carry_ptr, out_ptr, N, ZW, C: tl.constexpr, Z: tl.constex
     carry = tl.load(carry_ptr + (pair.to(tl.int64) * tl.num_programs(0) + c) * ZW + d, mask=d < ZW, other=0.0)
     out = tl.cumsum(slope, 0, reverse=True) + carry[None, :]
     tl.store(out_ptr + at + r * ZW + d[None, :], out.to(out_ptr.dtype.element_ty), mask=fits)
+
+
+@triton.jit(do_not_specialize=["N", "pairs", "tiles"])
+def _suffix_one(rise_ptr, fall_ptr, carry_ptr, out_ptr, N, pairs, tiles, C: tl.constexpr):
+    """As `_suffix`, one decay per token: the sums over channels lie in tiles; grid (chunks, B H)."""
+    c, pair = tl.program_id(0), tl.program_id(1)
+    r, low = tl.arange(0, C), c * C
+    slope, carry = tl.zeros((C,), tl.float32), 0.0
+    for tile in range(tiles):
+        row = (tile * pairs + pair).to(tl.int64)
+        at = row * N + low + r
+        slope += tl.load(rise_ptr + at, mask=r < N - low, other=0.0) - tl.load(
+            fall_ptr + at, mask=r < N - low, other=0.0
+        )
+        carry += tl.load(carry_ptr + row * tl.num_programs(0) + c)
+    out = tl.cumsum(slope, 0, reverse=True) + carry
+    tl.store(out_ptr + pair.to(tl.int64) * N + low + r, out.to(out_ptr.dtype.element_ty), mask=r < N - low)
 
 
 @triton.jit(do_not_specialize=["H", "k_r", "v_r"])
@@ -532,9 +587,12 @@ def _starts(ends: Tensor, rates: Tensor, s: Tensor) -> Tensor:
 
 def _run_scan(
     x: Tensor, y: Tensor, z: Tensor, g: Tensor | None, state: Tensor | None, *, heads: int, scale: float, back: bool,
-    dtype: torch.dtype, weigh: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """`_scan` over a sequence: out ``[B, H, N, Z]`` in `dtype`, last state ``[B, H, K, Z]``, sum of weigh * out or None."""
+    dtype: torch.dtype, weigh: Tensor | None = None, held: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_scan` over a sequence: out ``[B, H, N, Z]`` in `dtype` and the last state ``[B, H, K, Z]``.
+
+    With weigh, also its sums with out ``[tiles, B H, N]`` (else empty) and (back) the carries ``[tiles, B H, chunks]``.
+    """
     b, n, kw, zw = x.shape[0], x.shape[2], x.shape[3], z.shape[3]
     width, made = _wide(kw), _settings("scan", x.dtype, kw)
     tile = min(_wide(zw), made["tile"])
@@ -542,7 +600,8 @@ def _run_scan(
     segments, per = _segments("scan", tiles * pairs, chunks, x.device)
     fresh = {"device": x.device, "dtype": torch.float32}
     out, end = x.new_empty(b, heads, n, zw, dtype=dtype), torch.empty(b, heads, kw, zw, **fresh)
-    sums = torch.empty(tiles, b, heads, n, **fresh) if weigh is not None else None
+    sums = torch.empty(tiles if weigh is not None else 0, pairs, n, **fresh)
+    carry = torch.empty(tiles if weigh is not None and back else 0, pairs, chunks, **fresh)
     dot, precision = _arithmetic(x.dtype)
     gate, w = g if g is not None else x, weigh if weigh is not None else x
     fade = gate.stride()[:3] if g is not None else (0, 0, 0)
@@ -550,11 +609,11 @@ def _run_scan(
 
     def launch(s: Tensor, target: Tensor, rate: Tensor, ends: bool) -> None:
         _scan[(tiles, pairs, segments)](
-            x, y, z, gate, w, s, out, sums if sums is not None else target, target, rate,
+            x, y, z, gate, w, s, out, sums, held if held is not None else end, carry, target, rate,
             scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, pairs, segments, per,
             *_shared(x, heads), *_shared(y, heads), *_shared(z, heads), *fade, *_shared(w, heads),
             s.stride(0), s.stride(1) if s.ndim == 4 else 0, s.stride(-2), s.stride(-1),
-            DECAY=g is not None, BACK=back, WEIGH=sums is not None, ENDS=ends,
+            DECAY=g is not None, BACK=back, WEIGH=weigh is not None and not ends, ENDS=ends,
             DT=dot, PRECISION=precision, C=CHUNK, K=width, Z=tile, num_warps=made["warps"], num_stages=made["stages"],
         )  # fmt: skip
 
@@ -563,7 +622,7 @@ def _run_scan(
         launch(start, ends, rates, True)
         start = _starts(ends, rates, start)
     launch(start, end, end, False)
-    return out, end, None if sums is None else sums.sum(0)
+    return out, end, sums, carry
 
 
 def _run_sum(
@@ -600,10 +659,10 @@ def _run_sum(
 
 
 def _run_each(
-    x: Tensor, y: Tensor, z: Tensor, weigh: Tensor, total: Tensor, owed: Tensor, own: Tensor, slope: Tensor, sums: Tensor,
-    state: Tensor | None, *, heads: int, scale: float, back: bool, dtype: torch.dtype,
+    x: Tensor, y: Tensor, z: Tensor, weigh: Tensor, total: Tensor, owed: Tensor, own: Tensor, slope: Tensor, held: Tensor,
+    carry: Tensor, state: Tensor | None, *, heads: int, scale: float, back: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`_scan_each` over a sequence: dq or (back) dk ``[B, H, N, Z]`` in `dtype`; `slope` and `sums` are written."""
+    """`_scan_each` over a sequence: dq or (back) dk ``[B, H, N, Z]`` in `dtype`; `slope`, `held`, then `carry` are written."""
     b, n, kw, zw = x.shape[0], x.shape[2], x.shape[3], z.shape[3]
     width, made = _wide(kw), _settings("each", x.dtype, kw)
     tile = min(_wide(zw), made["tile"])
@@ -616,7 +675,7 @@ def _run_each(
 
     def launch(s: Tensor, target: Tensor, rate: Tensor, ends: bool) -> None:
         _scan_each[(tiles, pairs, segments)](
-            x, y, z, weigh, total, owed, own, slope, s, out, sums, target, rate,
+            x, y, z, weigh, total, owed, own, slope, s, out, held, carry, target, rate,
             scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, chunks * CHUNK, segments, per,
             *_shared(x, heads), *_shared(y, heads), *_shared(z, heads), *_shared(weigh, heads),
             s.stride(0), s.stride(1) if s.ndim == 4 else 0, s.stride(-2), s.stride(-1),
@@ -658,6 +717,12 @@ def _run_map(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
     return out
 
 
+def _states(q: Tensor, chunks: int, k: int, z: int) -> Tensor:
+    """Room for the state before every chunk ``[B H, chunks, K, Z]``, in the type that dot products take."""
+    kind = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    return torch.empty(q.shape[0] * q.shape[1], chunks, k, z, dtype=kind, device=q.device)
+
+
 def _transposed(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.mT.contiguous()
 
@@ -669,7 +734,7 @@ def _rows(x: Tensor) -> Tensor:
 
 _FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? state, float scale) -> (Tensor, Tensor)"
 _BACKWARD = (
-    "(Tensor grad, Tensor grad_end, Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? state, Tensor end, float scale)"
+    "(Tensor grad, Tensor grad_end, Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? state, float scale)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -695,8 +760,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, scale: float) -> 
 
 @torch.library.custom_op("qkv::decayed_backward", mutates_args=(), schema=_BACKWARD)
 def _backward(
-    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None,
-    end: Tensor, scale: float,
+    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, grad = (_rows(x) for x in (q, k, v, grad))
     heads = q.shape[1]
@@ -707,27 +771,39 @@ def _backward(
     }  # shared heads are summed below
     how: dict[str, Any] = {"heads": heads, "scale": scale}
     if decay is None or decay.shape[3] == 1:
-        w = (q, k) if decay is not None else (None, None)
-        dq, _, rise = _run_scan(grad, v, k, decay, _transposed(state), **how, back=False, dtype=q.dtype, weigh=w[0])
-        dk, _, fall = _run_scan(
-            v, grad, q, decay, _transposed(grad_end), **how, back=True, dtype=wide[k.shape[1]], weigh=w[1]
-        )
-        dv, ds, _ = _run_scan(k, q, grad, decay, grad_end, **how, back=True, dtype=wide[v.shape[1]])
-        if decay is None or rise is None or fall is None:
-            dg = q.new_empty(0)
-        else:
-            later = (rise - fall).flip(-1).cumsum(-1).flip(-1) + (end * grad_end).sum((-2, -1)).unsqueeze(-1)
-            dg = later.unsqueeze(-1).to(decay.dtype)
+        dq, dk, dg = _shared_decay(grad, grad_end, q, k, v, decay, state, scale, wide[k.shape[1]])
+        dv, ds, _, _ = _run_scan(k, q, grad, decay, grad_end, **how, back=True, dtype=wide[v.shape[1]])
     else:
         total = _run_prefix(_rows(decay))
         dv, ds = _run_sum(k, q, grad, total, _run_map(q, k, total), grad_end, **how, back=True, dtype=wide[v.shape[1]])
-        dq, dk, dg = _channels(grad, grad_end, q, k, v, total, state, end, scale, wide[k.shape[1]], decay.dtype)
+        dq, dk, dg = _channels(grad, grad_end, q, k, v, total, state, scale, wide[k.shape[1]], decay.dtype)
     return dq, _summed(dk, k), _summed(dv, v), dg, ds if state is not None else q.new_empty(0)
 
 
+def _shared_decay(
+    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None,
+    scale: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk (one per query head) and dg (empty without a decay) where the channels of a token share one decay."""
+    b, h, n, d = q.shape
+    chunks = triton.cdiv(n, CHUNK)
+    how: dict[str, Any] = {"heads": h, "scale": scale}
+    back, start, end = {"back": True, "dtype": dtype}, _transposed(state), _transposed(grad_end)
+    if decay is None:
+        dq, *_ = _run_scan(grad, v, k, None, start, **how, back=False, dtype=q.dtype)
+        dk, *_ = _run_scan(v, grad, q, None, end, **how, **back)
+        return dq, dk, q.new_empty(0)
+    held = _states(q, chunks, v.shape[3], d)
+    dq, _, rise, _ = _run_scan(grad, v, k, decay, start, **how, back=False, dtype=q.dtype, weigh=q, held=held)
+    dk, _, fall, carry = _run_scan(v, grad, q, decay, end, **how, **back, weigh=k, held=held)
+    dg = torch.empty(b, h, n, 1, dtype=decay.dtype, device=q.device)
+    _suffix_one[(chunks, b * h)](rise, fall, carry, dg, n, b * h, rise.shape[0], C=CHUNK, num_warps=1)
+    return dq, dk, dg
+
+
 def _channels(
-    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, total: Tensor, state: Tensor | None, end: Tensor,
-    scale: float, dtype: torch.dtype, gate: torch.dtype,
+    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, total: Tensor, state: Tensor | None, scale: float,
+    dtype: torch.dtype, gate: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk (one per query head) and dg where every channel has its own decay."""
     b, h, n, d = q.shape
@@ -737,16 +813,17 @@ def _channels(
     own, width = torch.empty(b, h, n, dtype=torch.float32, device=q.device), _wide(v.shape[3])
     tile = min(_wide(d), made["tile"])
     _owed[(chunks, b * h, triton.cdiv(d, tile))](
-        q, k, v, grad, total, owed_q, owed_k, own, scale, h, n, d, v.shape[3], chunks * CHUNK,
+        q, k, v, grad, total, owed_q, owed_k, own, slope, scale, h, n, d, v.shape[3], chunks * CHUNK,
         *q.stride()[:3], *_shared(k, h), *_shared(v, h), *grad.stride()[:3],
         LEVELS=CHUNK.bit_length() - 1, DT=dot, PRECISION=precision, C=CHUNK, Z=tile, K=min(64, width), KP=width,
         num_warps=made["warps"], num_stages=made["stages"],
     )  # fmt: skip
-    sums = torch.empty(b, h, chunks, d, dtype=torch.float32, device=q.device)
+    held = _states(q, chunks, v.shape[3], d)
+    carry = torch.empty(b, h, chunks, d, dtype=torch.float32, device=q.device)
+    both = (slope, held, carry)
     how: dict[str, Any] = {"heads": h, "scale": scale}
-    dq = _run_each(grad, v, k, q, total, owed_q, own, slope, sums, _transposed(state), **how, back=False, dtype=q.dtype)
-    dk = _run_each(v, grad, q, k, total, owed_k, own, slope, sums, _transposed(grad_end), **how, back=True, dtype=dtype)
-    carry = sums.flip(2).cumsum(2).flip(2) - sums + (end * grad_end).sum(-1).unsqueeze(2)
+    dq = _run_each(grad, v, k, q, total, owed_q, own, *both, _transposed(state), **how, back=False, dtype=q.dtype)
+    dk = _run_each(v, grad, q, k, total, owed_k, own, *both, _transposed(grad_end), **how, back=True, dtype=dtype)
     dg = torch.empty(b, h, n, d, dtype=gate, device=q.device)
     tile = min(_wide(d), LAUNCH["prefix"]["tile"])
     _suffix[(chunks, b * h, triton.cdiv(d, tile))](
@@ -764,7 +841,7 @@ def _summed(x: Tensor, like: Tensor) -> Tensor:
 
 @_backward.register_fake
 def _(
-    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, end: Tensor, scale: float
+    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dg = q.new_empty(0) if decay is None else decay.new_empty(decay.shape)
@@ -773,13 +850,13 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, decay, state, scale = inputs
-    ctx.save_for_backward(q, k, v, decay, state, output[1])
+    ctx.save_for_backward(q, k, v, decay, state)
     ctx.scale = scale
 
 
 def _gradients(ctx: Any, grad: Tensor, grad_end: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, decay, state, end = ctx.saved_tensors
-    dq, dk, dv, dg, ds = torch.ops.qkv.decayed_backward(grad, grad_end, q, k, v, decay, state, end, ctx.scale)
+    q, k, v, decay, state = ctx.saved_tensors
+    dq, dk, dv, dg, ds = torch.ops.qkv.decayed_backward(grad, grad_end, q, k, v, decay, state, ctx.scale)
     return dq, dk, dv, dg if decay is not None else None, ds if state is not None else None, None
 
 
