@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qkv.cli import bench, convert, distill, generate, inspect, methods, show, verify
+from qkv.cli import bench, convert, distill, generate, inspect, methods, show, train, verify
 
 HELP = """Published attention systems on the models you already use: shrink the cache, skip keys, convert heads, and measure
 what each choice costs and saves. Start here:
@@ -56,7 +56,7 @@ _options.__doc__ = HELP
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (methods, show, verify, bench, generate, inspect, convert, distill)
+    for module in (methods, show, verify, bench, generate, inspect, convert, distill, train)
 }
 
 

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from qkv.cli._shared import DEVICE, DTYPE, JSON, METHOD, MODEL, SEED, load_model, messages, methods_of, print_json
+from qkv.cli._shared import (
+    DEVICE,
+    DTYPE,
+    JSON,
+    METHOD,
+    MODEL,
+    SEED,
+    load_model,
+    messages,
+    methods_of,
+    pick_device,
+    print_json,
+)
 
 EXAMPLES = (
     'qkv generate smollm2 --prompt "The capital of France is"',
@@ -37,20 +49,36 @@ def command(
     temperature: Annotated[float, typer.Option("--temperature", min=1e-3, help="With --sample.")] = 1.0,
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", metavar="DIR", help="Go on from a saved cache: the prompt follows its text.", show_default=False),
+        typer.Option(
+            "--cache", metavar="DIR", help="Go on from a saved cache: the prompt follows its text.", show_default=False
+        ),
     ] = None,
     save_cache: Annotated[
         Path | None,
-        typer.Option("--save-cache", metavar="DIR", help="Keep the prompt's compressed cache in DIR.", show_default=False),
+        typer.Option(
+            "--save-cache", metavar="DIR", help="Keep the prompt's compressed cache in DIR.", show_default=False
+        ),
     ] = None,
     seed: Annotated[int, SEED] = 0,
     dtype: Annotated[str | None, DTYPE] = None,
     device: Annotated[str | None, DEVICE] = None,
     json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Generate text; several -m are applied together, in order. What the cache held is told on stderr."""
-    chosen = methods_of(method or ["full"])
+    """Generate text; several -m are applied together, in order. What the cache held is told on stderr.
+
+    MODEL may also be the folder of a model that `qkv train` made.
+    """
+    from qkv.core.errors import Refused
+    from qkv.models import saved_kind
+
     words = _prompt(prompt, prompt_file)
+    if saved_kind(model) == "causal-lm":
+        if method or chat or cache or save_cache or dtype:
+            raise Refused("a model of `qkv train` computes with its own operators: -m, --chat, --cache, --save-cache and --dtype "
+                          "do not apply to it")  # fmt: skip
+        _run_own(model, words, tokens, temperature if sample else 0.0, seed, pick_device(device), json)
+        return
+    chosen = methods_of(method or ["full"])
     network, tokenizer = load_model(model, dtype, device)
     how = {"do_sample": sample, "temperature": temperature}
     _run(network, tokenizer, chosen, words, tokens, chat, how, seed, json, (cache, save_cache))
@@ -112,7 +140,12 @@ def _run(
         length = ids.shape[1]
         with torch.no_grad():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, streamer=streamer, past_key_values=cache, **how
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                streamer=streamer,
+                past_key_values=cache,
+                **how,
             )
         seconds = time.perf_counter() - start
         done = qkv.report(model)
@@ -129,6 +162,35 @@ def _run(
     messages().print(said, style="dim", markup=False, soft_wrap=True)
 
 
+def _run_own(folder: str, words: str, tokens: int, temperature: float, seed: int, device: str, json: bool) -> None:
+    """Text from a model of bytes; its state, of the size told at the end, is all it keeps."""
+    import codecs
+
+    from qkv.models.language.causal import CausalLM
+    from qkv.models.language.generating import stream
+
+    model = CausalLM.from_pretrained(folder, device=device)
+    prompt, start = list(words.encode()), time.perf_counter()
+    steps = stream(model, [prompt], temperature=temperature, seed=seed)
+    text, fresh, held, read = [], [], 0, codecs.getincrementaldecoder("utf-8")("replace")
+    for _ in range(tokens):
+        step = next(steps)
+        fresh.append(int(step.tokens))
+        held = step.state.bytes
+        text.append(read.decode(bytes((fresh[-1],))))
+        if not json:
+            print(text[-1], end="", flush=True)
+    seconds = time.perf_counter() - start
+    if json:
+        print_json({"prompt_tokens": len(prompt), "tokens": fresh, "text": "".join(text), "seconds": seconds, "held_bytes": held,
+                    "methods": [m.to_dict() for m in model.config.methods]})  # fmt: skip
+        return
+    print(flush=True)
+    layers = ", ".join(map(str, model.config.methods))
+    said = f"{tokens} bytes in {seconds:.1f} s after {len(prompt)}; {layers}: a state of {held} bytes"
+    messages().print(said, style="dim", markup=False, soft_wrap=True)
+
+
 def _before(model: Any, ids: Any, tokens: int, source: Path | None, target: Path | None) -> tuple[Any, Any]:
     """(all token ids, the cache to go on from or None): the prompt after a saved text, its own cache kept where asked for."""
     import torch
@@ -140,11 +202,15 @@ def _before(model: Any, ids: Any, tokens: int, source: Path | None, target: Path
     if source is not None:
         saved = hosts.load_cache(model, source)
         if saved.input_ids is None:
-            raise InvalidInput(f"{source} was saved without its token ids, so no text can follow it; save it with input_ids")
+            raise InvalidInput(
+                f"{source} was saved without its token ids, so no text can follow it; save it with input_ids"
+            )
         ids = torch.cat((saved.input_ids.expand(len(ids), -1), ids), 1)
     reach = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if reach is not None and ids.shape[1] + tokens > reach:
-        raise InvalidInput(f"{ids.shape[1]} prompt tokens and {tokens} new ones exceed the {reach} positions this model knows")
+        raise InvalidInput(
+            f"{ids.shape[1]} prompt tokens and {tokens} new ones exceed the {reach} positions this model knows"
+        )
     if target is None:
         return ids, saved.cache if saved else None
     cache = saved.cache if saved else hosts.fresh_cache(model, ids.shape[1])

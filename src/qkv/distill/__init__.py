@@ -18,7 +18,7 @@ from qkv.core.objective import Objective
 if TYPE_CHECKING:
     from qkv.distill.trainer import Outcome
 
-__all__ = ["distill", "drop_layers", "heal"]
+__all__ = ["distill", "drop_layers", "heal", "train"]
 
 
 def distill(
@@ -103,6 +103,23 @@ def heal(
         return trainer.distill(source, model, goal, data, out, options, recipe["arguments"] | arguments)
 
 
+def train(
+    model: Any,
+    data: Sequence[Mapping[str, Any]],
+    out: str | Path,
+    *,
+    resume: bool | str | Path = False,
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    progress: bool | None = None,
+    **arguments: Any,
+) -> Outcome:
+    """Train a model of `qkv.models` (a `CausalLM`, a `ViT`) from nothing; see `qkv.distill.training.train`."""
+    _needs_accelerate()
+    from qkv.distill import training
+
+    return training.train(model, data, out, resume=resume, evaluate=evaluate, progress=progress, **arguments)
+
+
 def drop_layers(model: Any, keep: Sequence[int]) -> Any:
     """A copy of `model` with only the layers `keep`; see `qkv.distill.students.drop_layers`."""
     from qkv.distill import students
@@ -117,5 +134,5 @@ def _needs_accelerate() -> None:
 
     if find_spec("accelerate") is None:
         raise MissingDependency(
-            "distillation runs on transformers' Trainer, which needs accelerate: pip install 'qkv[train]'"
+            "training runs on transformers' Trainer, which needs accelerate: pip install 'qkv[train]'"
         )
