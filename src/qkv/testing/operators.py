@@ -320,7 +320,7 @@ def gradcheck(case: Case) -> None:
                 inputs.keywords["causal"] = causal
             leaves = inputs.leaves(case.spec)
             names = differentiable(leaves, case.spec)
-            state = _started(case, inputs) if causal else None
+            state = _started(case, inputs, choice) if causal else None
             parts = {n: t.detach().clone().requires_grad_() for n, t in state.tensors.items()
                      if t.is_floating_point()} if state is not None else {}  # fmt: skip
 
@@ -342,12 +342,12 @@ def gradcheck(case: Case) -> None:
                 raise BrokenLaw(f"{what}: {' '.join(str(error).split())[:400]}") from error
 
 
-def _started(case: Case, inputs: Inputs) -> State | None:
-    """A state that has absorbed some other tokens, or None where the operator has none."""
+def _started(case: Case, inputs: Inputs, choice: int) -> State | None:
+    """A state that has absorbed some other tokens, with the same extras, or None where the operator has none."""
     if not _recurrent(case):
         return None
     b, h, _, d = inputs.q.shape
-    before = draw(case, b=b, h=h, g=inputs.k.shape[1], n=3, d=d, e=inputs.v.shape[-1], salt=31)
+    before = draw(case, b=b, h=h, g=inputs.k.shape[1], n=3, d=d, e=inputs.v.shape[-1], choice=choice, salt=31)
     return call(case, before, return_state=True)[1]
 
 
