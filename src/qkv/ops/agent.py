@@ -33,7 +33,7 @@ from torch import Tensor
 from qkv.core.attend import sdpa
 from qkv.core.errors import InvalidInput, InvalidParameter
 from qkv.core.operator import Operator, OperatorSpec, Wiring
-from qkv.core.spec import Extra, Place, param
+from qkv.core.spec import Extra, Learnt, Place, param
 from qkv.core.state import State
 from qkv.ops._common.decayed import decayed_linear_attention
 from qkv.ops._common.pooling import summaries
@@ -303,6 +303,11 @@ def _normal(*shape: int, **kw: Any) -> Tensor:
     return torch.randn(shape, **kw)
 
 
+def _agents(place: Place) -> Tensor:
+    """What a causal layer learns instead of averaging: 16 agents a head."""
+    return torch.randn(place.heads, 16, place.key_width, generator=torch.Generator().manual_seed(place.layer))
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Agent(Operator):
@@ -335,6 +340,7 @@ class Agent(Operator):
             "agents": Extra(
                 axes="hsd|bhsd", sample=_normal, required=False,
                 doc="the agents; without them queries are averaged, which is bidirectional: causal=False",
+                learnt=Learnt(axes="hsd", start=_agents),
             ),
             "bias_keys": Extra(
                 axes="hsm", sample=_normal, role="parameter", required=False, doc="B1, added where agents read keys"

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkv.core.operator import Operator, OperatorSpec
+from qkv.core.operator import Operator, OperatorSpec, Wiring
 from qkv.core.spec import Extra, Learnt, Place, param
 from qkv.core.state import State
 from qkv.ops._common.states import after, wide
@@ -297,6 +297,7 @@ class LongVQ(Operator):
                 learnt=Learnt(axes="hw", start=lambda place: torch.zeros(place.heads, 128)),
             ),
         },
+        wiring=Wiring(settings=lambda place: {"straight_through": True}),
     )
     block_size: int = param(64, "tokens per block; a query sees its own and the previous one exactly", low=1)
     window_exact: bool = param(False, "score the window's own keys instead of their codes")

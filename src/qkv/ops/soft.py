@@ -34,7 +34,7 @@ from torch import Tensor
 
 from qkv.core.errors import InvalidParameter
 from qkv.core.operator import Operator, OperatorSpec, Wiring
-from qkv.core.spec import Extra, Place, param
+from qkv.core.spec import Extra, Learnt, Place, param
 from qkv.core.state import State
 from qkv.ops._common.decayed import decayed_linear_attention
 from qkv.ops._common.pooling import summaries
@@ -235,6 +235,11 @@ def _settings(place: Place) -> dict[str, Any]:
     return {"grid": place.grid, "num_landmarks": min(7, max(1, min(place.grid) - 1)) ** 2}
 
 
+def _marks(place: Place) -> Tensor:
+    """What a causal layer learns instead of averaging: 16 landmarks a head."""
+    return torch.randn(place.heads, 16, place.key_width, generator=torch.Generator().manual_seed(place.layer))
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Soft(Operator):
@@ -267,6 +272,7 @@ class Soft(Operator):
             "landmarks": Extra(
                 axes="gsd|bgsd", sample=lambda *shape, **kw: torch.randn(shape, **kw), required=False,
                 doc="the landmarks; without them keys are averaged, which is bidirectional: causal=False",
+                learnt=Learnt(axes="gsd", start=_marks),
             )
         },
         wiring=Wiring(settings=_settings),
