@@ -205,14 +205,11 @@ def _earlier(
 
 def _scan(x: Average, w: Tensor, place: Tensor) -> Average:
     """Averages over all elements up to each, by doubling: mean ``[..., n, D, E]``, total ``[..., n, D]``, place ``[..., n]``."""
-    n, size = x.total.shape[-2], 1
-    while size < n:
-        age = w.unsqueeze(-1) * (place[..., size:] - place[..., :-size])
-        older = Average(x.mean[..., :-size, :, :], x.total[..., :-size, :] - age.unsqueeze(-1))
-        new = _merged(older, Average(x.mean[..., size:, :, :], x.total[..., size:, :]))
-        x = Average(
-            torch.cat([x.mean[..., :size, :, :], new.mean], -3), torch.cat([x.total[..., :size, :], new.total], -2)
-        )
+    size = 1
+    while size < x.total.shape[-2]:
+        age = w.unsqueeze(-1) * (place - F.pad(place, (size, -size)))
+        older = F.pad(x.total, (0, 0, size, -size), value=EMPTY) - age.unsqueeze(-1)
+        x = _merged(Average(F.pad(x.mean, (0, 0, 0, 0, size, -size)), older), x)
         size *= 2
     return x
 
