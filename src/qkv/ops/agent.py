@@ -303,7 +303,7 @@ def _normal(*shape: int, **kw: Any) -> Tensor:
     return torch.randn(shape, **kw)
 
 
-def _agents(place: Place) -> Tensor:
+def _fixed(place: Place) -> Tensor:
     """What a causal layer learns instead of averaging: 16 agents a head."""
     return torch.randn(place.heads, 16, place.key_width, generator=torch.Generator().manual_seed(place.layer))
 
@@ -340,7 +340,7 @@ class Agent(Operator):
             "agents": Extra(
                 axes="hsd|bhsd", sample=_normal, required=False,
                 doc="the agents; without them queries are averaged, which is bidirectional: causal=False",
-                learnt=Learnt(axes="hsd", start=_agents),
+                learnt=Learnt(axes="hsd", start=_fixed),
             ),
             "bias_keys": Extra(
                 axes="hsm", sample=_normal, role="parameter", required=False, doc="B1, added where agents read keys"

@@ -235,7 +235,7 @@ def _settings(place: Place) -> dict[str, Any]:
     return {"grid": place.grid, "num_landmarks": min(7, max(1, min(place.grid) - 1)) ** 2}
 
 
-def _marks(place: Place) -> Tensor:
+def _fixed(place: Place) -> Tensor:
     """What a causal layer learns instead of averaging: 16 landmarks a head."""
     return torch.randn(place.heads, 16, place.key_width, generator=torch.Generator().manual_seed(place.layer))
 
@@ -272,7 +272,7 @@ class Soft(Operator):
             "landmarks": Extra(
                 axes="gsd|bgsd", sample=lambda *shape, **kw: torch.randn(shape, **kw), required=False,
                 doc="the landmarks; without them keys are averaged, which is bidirectional: causal=False",
-                learnt=Learnt(axes="gsd", start=_marks),
+                learnt=Learnt(axes="gsd", start=_fixed),
             )
         },
         wiring=Wiring(settings=_settings),
