@@ -39,7 +39,7 @@ from qkv.core.spec import Limit, param
 from qkv.ops._common.fused import attend_lse
 from qkv.ops._common.states import per_head, wide
 
-TILE = 128  # queries of one block that are computed together
+TILE = 128  # most queries of one block that are computed together where blocks are uneven
 HELD = 1 << 26  # key elements gathered at once
 Match = Literal["auto", "rank", "bucket"]
 
@@ -123,9 +123,13 @@ def bucket(x: Tensor, plan: Plan) -> Tensor:
     u, angle = uniform(2 * d * r, plan.seed, -1, x.device).reshape(2, d, r)
     directions = ((-2 * u.log()).sqrt() * (2 * math.pi * angle).cos()).float()  # normal, by Box and Muller
     signs = (x.detach().to(wide(x)) @ directions.to(wide(x))) > 0
-    code = (signs.long() << torch.arange(r, device=x.device)).sum(-1)
+    return gray_rank((signs.long() << torch.arange(r, device=x.device)).sum(-1), r)
+
+
+def gray_rank(code: Tensor, bits: int) -> Tensor:
+    """Place of a code in Gray order, the inverse of ``x ^ (x >> 1)``: neighbours differ in one bit."""
     shift = 1
-    while shift < r:
+    while shift < bits:
         code, shift = code ^ (code >> shift), 2 * shift
     return code
 
@@ -351,46 +355,57 @@ def sorted_part(
     q: Tensor, k: Tensor, v: Tensor, asks: Tensor, hashed: Tensor, plan: Plan, starts: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The blocks and the sample for any buckets of the queries ``[B, H, N]`` and of the keys ``[B, G, M]``."""
-    (b, h, n, d), (g, m), size, e = q.shape, k.shape[1:3], plan.block_size, v.shape[-1]
+    (b, h, n, d), (m, size, e) = q.shape, (k.shape[2], plan.block_size, v.shape[-1])
     hashed, order = hashed.sort(dim=-1, stable=True)
     blocks = -(-m // size)
     own = _query_blocks(asks, hashed, plan)
-    tile = -(-n // blocks) if plan.match == "rank" else min(TILE, n)
+    share = -(-n // blocks)  # queries of a block where they are even
+    tile = share if plan.match == "rank" else min(TILE, max(16, -(-share // 2)))
     slots, tile_block = _tiles(own, blocks, tile, blocks if plan.match == "rank" else n // tile + blocks)
-    k, v = (x.gather(2, order.unsqueeze(-1).expand_as(x)) for x in (k, v))
-    always, late = min(plan.always_keys, m), starts[:, None, None]
-    gone = (order < always) & late if always else None  # these are read on their own
-    edge = k.new_zeros(b, g, m, dtype=wide(q))
-    edge = edge if gone is None else edge.masked_fill(gone, -torch.inf)
-    places = _places(m, plan, q.device)
-    sampled = [x[:, :, places] for x in (k, v)]
-    again = edge[:, :, places] + math.log(m / plan.sample_size)
-    if always:
-        back = order.argsort(-1)[:, :, :always]
-        front = [x.gather(2, back.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])) for x in (k, v)]
-        sampled = [torch.cat([x, y], 2) for x, y in zip(sampled, front, strict=True)]
-        again = torch.cat([again, edge.new_zeros(b, g, always).masked_fill(~late, -torch.inf)], 2)
-    of_block = F.pad(places // size, (0, always), value=-1)
-    k, v = (F.pad(x, (0, 0, 0, blocks * size - m)).unflatten(2, (blocks, size)) for x in (k, v))
-    edge = F.pad(edge, (0, blocks * size - m), value=-torch.inf).unflatten(2, (blocks, size))
-    tiles = slots.shape[2]
-    take = slots.clamp(max=n - 1).flatten(2)
-    q = q.gather(2, take.unsqueeze(-1).expand(-1, -1, -1, d)).unflatten(2, (tiles, tile))
+    asked = _picked(q, slots.clamp(max=n - 1))  # [B, H, T, C, D]
+    (order,) = per_head(q, order)
     outs, lses = [], []
-    step = max(1, HELD // max(1, b * h * (size + of_block.numel()) * max(d, e)))
-    for start in range(0, tiles, step):
-        now = tile_block[:, :, start : start + step]
-        with_sample = [_joined(x, y, now) for x, y in zip((k, v), sampled, strict=True)]  # [B H t, 1, b + m, .]
-        chance = per_head(q, again)[0].unsqueeze(2).expand(-1, -1, now.shape[2], -1)
-        chance = chance.masked_fill(of_block == now.unsqueeze(-1), -torch.inf)
-        bias = torch.cat([_chosen(edge, now), chance], -1)  # [B, H, t, b + m]
-        part = q[:, :, start : start + step].flatten(0, 2).unsqueeze(1)
-        out, lse = attend_lse(part, *with_sample, scale=plan.scale, bias=bias.flatten(0, 2).unsqueeze(1))
+    step = max(1, HELD // max(1, b * h * (size + plan.sample_size + plan.always_keys) * max(d, e)))
+    for now, part in zip(tile_block.split(step, 2), asked.split(step, 2), strict=True):
+        which, bias = _keys_of(now, order, plan, starts, wide(q))
+        keys, values = (_picked(x, which).flatten(0, 2).unsqueeze(1) for x in (k, v))  # [B H t, 1, b + m, .]
+        out, lse = attend_lse(
+            part.flatten(0, 2).unsqueeze(1), keys, values, scale=plan.scale, bias=bias.flatten(0, 2).unsqueeze(1)
+        )
         outs.append(out.reshape(b, h, -1, e))
         lses.append(lse.reshape(b, h, -1))
     at = _inverse(slots, n)
-    out, lse = torch.cat(outs, 2), torch.cat(lses, 2)
-    return out.gather(2, at.unsqueeze(-1).expand(-1, -1, -1, e)), lse.gather(2, at)
+    return _picked(torch.cat(outs, 2), at), torch.cat(lses, 2).gather(2, at)
+
+
+def _keys_of(block: Tensor, order: Tensor, plan: Plan, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys that tiles read and what their logits get, ``[B, H, t, b + m + a]``; block ``[B, H, t]``, order ``[B, H, M]``."""
+    (b, h, t), m, size = block.shape, order.shape[-1], plan.block_size
+    place = block.unsqueeze(-1) * size + torch.arange(size, device=block.device)
+    which = order.gather(2, place.clamp(max=m - 1).flatten(2)).unflatten(2, (t, size))
+    bias = torch.zeros_like(which, dtype=dtype).masked_fill(place >= m, -torch.inf)
+    drawn = _places(m, plan, block.device)
+    chance = bias.new_full((b, h, t, plan.sample_size), math.log(m / plan.sample_size))
+    chance = chance.masked_fill(drawn // size == block.unsqueeze(-1), -torch.inf)
+    which = torch.cat([which, order[:, :, drawn].unsqueeze(2).expand(-1, -1, t, -1)], -1)
+    bias = torch.cat([bias, chance], -1)
+    always = min(plan.always_keys, m)
+    if not always:
+        return which, bias
+    first = starts[:, None, None, None]
+    bias = bias.masked_fill((which < always) & first, -torch.inf)  # these are read on their own
+    front = torch.arange(always, device=block.device).expand(b, h, t, always)
+    alone = bias.new_zeros(b, h, t, always).masked_fill(~first, -torch.inf)
+    return torch.cat([which, front], -1), torch.cat([bias, alone], -1)
+
+
+def _picked(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``[B, G, M, D]`` by ``[B, H, ...]`` indices into M: ``[B, H, ..., D]``; heads of a group read its rows."""
+    b, g, m, d = x.shape
+    head = torch.arange(index.shape[1], device=x.device) // (index.shape[1] // g)
+    start = (torch.arange(b, device=x.device)[:, None] * g + head) * m  # [B, H]
+    rows = (index + start.reshape(*start.shape, *(1,) * (index.ndim - 2))).flatten()
+    return x.reshape(-1, d).index_select(0, rows).reshape(*index.shape, d)
 
 
 def _tiles(own: Tensor, blocks: int, tile: int, count: int) -> tuple[Tensor, Tensor]:
@@ -418,22 +433,6 @@ def _inverse(slots: Tensor, n: int) -> Tensor:
     flat = slots.flatten(2)
     index = torch.arange(flat.shape[-1], device=slots.device).expand_as(flat)
     return flat.new_zeros(*flat.shape[:2], n + 1).scatter(-1, flat, index)[..., :n]
-
-
-def _chosen(x: Tensor, block: Tensor) -> Tensor:
-    """The blocks ``[B, H, T, b(, .)]`` of tiles ``[B, H, T]``, from those of the key heads ``[B, G, blocks, b(, .)]``."""
-    b, h, t = block.shape
-    g = x.shape[1]
-    at = block.reshape(b, g, -1)
-    at = at.reshape(*at.shape, *(1,) * (x.ndim - 3)).expand(-1, -1, -1, *x.shape[3:])
-    return x.gather(2, at).reshape(b, h, t, *x.shape[3:])
-
-
-def _joined(x: Tensor, sampled: Tensor, block: Tensor) -> Tensor:
-    """Keys (or values) of each tile: its block, then the sample; ``[B H T, 1, b + m, .]``."""
-    _, h, t = block.shape
-    own = sampled.repeat_interleave(h // sampled.shape[1], 1).unsqueeze(2).expand(-1, -1, t, -1, -1)
-    return torch.cat([_chosen(x, block), own], 3).flatten(0, 2).unsqueeze(1)
 
 
 @final
