@@ -110,7 +110,7 @@ def packed(
     place = torch.arange(t, device=q.device)
     mine = torch.searchsorted(cu_seqlens, place, right=True) - 1
     slot = (F.pad(ends, (1, 0))[mine]) * tile + place - cu_seqlens[mine]
-    tiles = t // tile + s  # at most so many
+    tiles = int(ends[-1]) if readable(ends) else t // tile + s  # at most so many
     owner = torch.searchsorted(ends, torch.arange(tiles, device=q.device), right=True).clamp(max=s - 1)
     q, k, v = (x.new_zeros(tiles * tile, *x.shape[1:]).index_copy(0, slot, x) for x in (q, k, v))
     q, k, v = (x.unflatten(0, (tiles, tile)).transpose(1, 2) for x in (q, k, v))  # [tiles, H, tile, .]
