@@ -1,0 +1,172 @@
+"""Attention sites of a transformers model: which modules they are, their geometry, and what cannot be reached."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qkv.core.cache import Geometry, Rope
+from qkv.core.errors import InvalidInput
+from qkv.core.site import Site
+
+
+def find_sites(model: PreTrainedModel) -> list[Site]:
+    """Every attention site of a model that carries nothing. Raises `InvalidInput` when there is none."""
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    found = []
+    for name, module in modules.items():
+        kind = _attention_kind(module)
+        if kind is None:
+            continue
+        found.append(_site(len(found), name, module, kind, modules, model))
+    if not found:
+        raise InvalidInput(f"{type(model).__name__} has no attention module that qkv recognises")
+    return found
+
+
+def _code(module: nn.Module) -> Any:
+    return getattr(inspect.unwrap(type(module).forward), "__code__", None)
+
+
+def _attention_kind(module: nn.Module) -> str | None:
+    """``interface`` for modules that call the shared attention table, ``other`` for attention that does not, else None."""
+    code = _code(module)
+    if code is None or isinstance(module, PreTrainedModel):
+        return None
+    if "ALL_ATTENTION_FUNCTIONS" in code.co_names or getattr(module, "qkv_attention", False):
+        return "interface"
+    name = type(module).__name__
+    if name.endswith(("Attention", "SelfAttention")) and not any(
+        "Attention" in type(m).__name__ for m in module.children()
+    ):
+        if any(isinstance(m, nn.Linear) for m in module.children()):
+            return "other"
+    return None
+
+
+def _first(module: nn.Module, config: Any, *names: str) -> Any:
+    for name in names:
+        for source in (module, config):
+            value = getattr(source, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def _site(
+    index: int, name: str, module: nn.Module, kind: str, modules: dict[str, nn.Module], model: PreTrainedModel
+) -> Site:
+    config = getattr(module, "config", None) or model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = _first(module, config, "num_heads", "num_attention_heads", "n_heads")
+    groups = getattr(module, "num_key_value_groups", None)
+    width = _first(module, None, "head_dim", "attention_head_size", "head_size")
+    if width is None and heads:
+        width = _first(module, config, "head_dim") or getattr(config, "hidden_size", 0) // heads
+    kv = _first(module, None, "num_key_value_heads") or (heads // groups if heads and groups else None)
+    kv = kv or (heads if not groups else getattr(config, "num_key_value_heads", heads))
+    layer = getattr(module, "layer_idx", None)
+    cross = (
+        "cross" in type(module).__name__.lower()
+        or getattr(module, "is_cross_attention", False)
+        or name.endswith(("encoder_attn", "crossattention.self", "EncDecAttention"))
+    )
+    causal = bool(getattr(module, "is_causal", False)) and not cross
+    role = "cross" if cross else ("self" if causal else "encoder")
+    window = _window(module, config, layer) if causal else None
+    reason = None
+    if kind == "other":
+        reason = (
+            f"{type(module).__name__} does not go through transformers' attention interface, so there is no seam to reach "
+            "its queries and keys"
+        )
+    elif not heads or not width:
+        reason = f"the geometry of {type(module).__name__} is unknown: found heads={heads}, head width={width}"
+    else:
+        reason = _unsupported(module)
+    geometry = Geometry(
+        heads=heads or 0,
+        kv_heads=kv or 0,
+        head_dim=width or 0,
+        value_dim=getattr(module, "v_head_dim", None) or width or 0,
+        layer=layer if isinstance(layer, int) else index,
+        layers=getattr(config, "num_hidden_layers", 1),
+        rope=_rope(name, module, modules),
+        max_length=getattr(config, "max_position_embeddings", None),
+    )
+    return Site(
+        index=index,
+        name=name,
+        layer=layer if isinstance(layer, int) else None,
+        role=role,
+        heads=heads or 0,
+        kv_heads=kv or 0,
+        head_dim=width or 0,
+        value_dim=geometry.value_dim,
+        causal=causal,
+        window=window,
+        scale=_scale(module),
+        cached=causal and isinstance(layer, int),
+        geometry=geometry,
+        module=type(module).__name__,
+        reason=reason,
+    )
+
+
+def _window(module: nn.Module, config: Any, layer: Any) -> int | None:
+    """The sliding window of a module in tokens: its own attribute, or its configuration's (Mistral keeps it only there)."""
+    if hasattr(module, "sliding_window"):
+        window = module.sliding_window
+    else:
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None)
+        if kinds is not None and not (isinstance(layer, int) and "sliding" in kinds[layer]):
+            window = None
+    return window if isinstance(window, int) else None
+
+
+def _scale(module: nn.Module) -> float | None:
+    for name in ("scaling", "scale"):
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
+    return None
+
+
+def _unsupported(module: nn.Module) -> str | None:
+    """Known inputs of an attention that qkv's forms do not take yet."""
+    if getattr(module, "attn_logit_softcapping", None) is not None:
+        return "it caps its logits (softcap), which qkv's attention forms do not compute"
+    if isinstance(getattr(module, "sinks", None), Tensor):
+        return "it has learned sink logits (s_aux), which qkv's attention forms do not compute"
+    code = _code(module)
+    if code is not None and "position_bias" in code.co_varnames:
+        return "it adds a relative position bias to its logits, which qkv's attention forms do not compute"
+    return None
+
+
+def _rope(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> Rope | None:
+    """The rotary embedding that serves a module: the nearest ``rotary_emb`` up the tree; none for converted layers."""
+    if getattr(module, "qkv_attention", False):
+        return None
+    parts = name.split(".")
+    for depth in range(len(parts), -1, -1):
+        prefix = ".".join(parts[:depth])
+        rotary = modules.get(f"{prefix}.rotary_emb" if prefix else "rotary_emb")
+        if rotary is None:
+            continue
+        kind = getattr(rotary, "rope_type", "default")
+        frequencies = getattr(rotary, "inv_freq", None)
+        if isinstance(kind, dict):
+            layer_type = getattr(module, "layer_type", None) or (
+                "sliding_attention" if getattr(module, "is_sliding", False) else "full_attention"
+            )
+            kind, frequencies = kind.get(layer_type, "default"), getattr(rotary, f"{layer_type}_inv_freq", None)
+        if not isinstance(frequencies, Tensor):
+            return None
+        return Rope(frequencies.detach().to(torch.float32), kind not in ("dynamic", "longrope"), str(kind))
+    return None
