@@ -373,7 +373,7 @@ MIXED = [  # rows, heads, kv heads, key width, value width, bits, tokens of a bl
 @pytest.mark.parametrize("case", MIXED, ids=str)
 def test_blocks_of_mixed_precision_are_read_as_the_torch_path_reads_them(case: tuple) -> None:
     """Attention over each part equals dequantise-then-attend in float64; unused blocks are poisoned."""
-    from qkv.caches._stores.mixed import Stack, _plain
+    from qkv.caches._stores.parts import Stack
     from qkv.core.attend import attend
     from qkv.core.errors import InvalidInput
     from qkv.kernels.mixed import mixed_decode
@@ -389,17 +389,77 @@ def test_blocks_of_mixed_precision_are_read_as_the_torch_path_reads_them(case: t
     q = _draw(gen, (b, h, 1, d))[0]
     assert stack.channel is not None
     for part in stack.parts:
-        keys, values = _plain(part, slice(None), blocks, (d, e), stack.channel)
+        keys, values = part.plain(slice(None), blocks, (d, e), stack.channel)
         want = attend(q.double(), keys.flatten(2, 3).double(), values.flatten(2, 3).double(), scale=d**-0.5)
         ranges = (part.key_scale, part.key_zero, part.values, part.value_scale, part.value_zero, stack.channel)
         held = [x.to(DEVICE) for x in (q, part.keys, *ranges) if x is not None]
+        many = torch.tensor([blocks], dtype=torch.int32, device=DEVICE)
         for splits, block in ((1, 64), (3, 16), (None, 64)):
-            out, lse = mixed_decode(*held, blocks=blocks, bits=part.bits, scale=d**-0.5, splits=splits, block=block)
+            out, lse = mixed_decode(*held, blocks=many, bits=part.bits, scale=d**-0.5, splits=splits, block=block)
             torch.testing.assert_close(out.cpu().double(), want.out, rtol=0, atol=3e-6)
             torch.testing.assert_close(lse.cpu().double(), want.lse, rtol=0, atol=3e-6)
-        for bad in ({"bits": 16}, {"blocks": 0}, {"blocks": held[1].shape[2] + 1}):
+        for bad in ({"bits": 16}, {"blocks": many.repeat(2)}, {"blocks": many.long()}):
             with pytest.raises(InvalidInput, match="mixed_decode"):
-                mixed_decode(*held, **{"blocks": blocks, "bits": part.bits, "scale": 0.3} | bad)
+                mixed_decode(*held, **{"blocks": many, "bits": part.bits, "scale": 0.3} | bad)
+
+
+@direct
+@pytest.mark.parametrize(("prompt", "padded"), [(19, True), (5, False)])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("zipcache", {"probe_ratio": 0.5}),
+        ("zipvl", {"probes": (2, 2), "bits": (8, 4)}),
+        ("evict-pack", {"policy": "knorm", "budget": 5}),
+        ("evict-pack", {"policy": "knorm", "budget": 5, "bits": 16}),
+    ],
+    ids=str,
+)
+def test_static_steps_of_blocks_of_mixed_precision_are_plain_steps(
+    name: str, settings: dict, prompt: int, padded: bool
+) -> None:
+    """Static steps between blocks, plain ones where a block is made, against plain steps in torch."""
+    import qkv
+    from qkv.core.cache import Geometry, Now, Step
+
+    b, h, g, d, new = 2, 2, 1, 16, 16
+    geometry = Geometry(h, g, d, d, layer=1, layers=4)
+    fixed, plain = (qkv.method(name, regroup_every=7, **settings).layer(geometry) for _ in range(2))
+    fixed.reserve(prompt + new)
+    gen = torch.Generator().manual_seed(prompt)
+    q, k, v = _draw(gen, *((b, n, prompt + new, d) for n in (h, g, g)))
+    pads = torch.tensor([0, 3 if padded else 0])
+    real = torch.arange(prompt + new) >= pads[:, None]
+
+    def part(layer, i: int, n: int) -> tuple:
+        where, at = "cpu" if layer is plain else DEVICE, slice(i, i + n)
+        position = (torch.arange(i, i + n) - pads[:, None]).clamp(min=-1).int().to(where)
+        step = Step(position, d**-0.5, real[:, : i + n].to(where) if padded else None)
+        return *(x[:, :, at].to(where) for x in (q, k, v)), step
+
+    for layer in (fixed, plain):
+        layer.attend(*part(layer, 0, prompt))
+    static = 0
+    for i in range(prompt, prompt + new):
+        want = plain.attend(*part(plain, i, 1))
+        *token, step = part(fixed, i, 1)
+        if max(fixed.waiting) + 1 < fixed.every and fixed._fixed():
+            now = Now(
+                torch.tensor([i], device=DEVICE), torch.tensor([i + 1], dtype=torch.int32, device=DEVICE), step.position,
+                pads.int().to(DEVICE) if padded else None,
+            )  # fmt: skip
+            before = [x.data_ptr() for x in fixed.buffers()]
+            got = fixed.step(*token, d**-0.5, now)
+            assert before == [x.data_ptr() for x in fixed.buffers()], "what a captured step reads stays where it is"
+            static += 1
+        else:
+            got = fixed.attend(*token, step)
+        torch.testing.assert_close(got.cpu(), want, rtol=0, atol=5e-6)
+    assert static >= new - 3 - padded * 3 and (fixed.waiting, fixed.length) == (plain.waiting, plain.length)
+    assert torch.equal(fixed.positions().cpu(), plain.positions()), "the same tokens are kept, also of decoded blocks"
+    for row in range(b):
+        for x, y in zip(fixed.read([row]), plain.read([row]), strict=True):
+            torch.testing.assert_close(x.cpu(), y, rtol=0, atol=1e-6)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")

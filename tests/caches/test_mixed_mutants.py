@@ -40,7 +40,7 @@ class DropsTheOthers(MixedCache):
     """The second part is never written."""
 
     def _shelve(self, *args: Any) -> None:
-        self.bits = (self.bits[0], 0)
+        self.bits = self.blocks.bits = (self.bits[0], 0)
         super()._shelve(*args)
 
 

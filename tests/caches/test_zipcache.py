@@ -10,7 +10,7 @@ from torch import Tensor
 
 import qkv
 from qkv.caches._saliency import probe_mass, probe_rows, seen_by
-from qkv.caches._stores import codecs, mixed
+from qkv.caches._stores import codecs, parts
 from qkv.caches._stores.codecs import (
     channel_dequantize,
     cst_channel,
@@ -189,7 +189,7 @@ def test_probe_rows() -> None:
 
 
 def _score(layer: MixedCache, q: Tensor, k: Tensor, n: int) -> Tensor:
-    at = torch.tensor(probe_rows(0, n, *layer.method.probes_of(n, False), layer.seed))
+    at = torch.tensor(probe_rows(0, n, *layer.method.probes_of(n, False), layer.probes.seed))
     return normalized_saliency(q[:, :, at], k[:, :, :n], at)
 
 
@@ -202,7 +202,7 @@ def test_a_prompt_is_stored_as_the_reference_says(
     score = _score(cache(), q, k, n)
     want = reference(k, v, score, bits=bits, salient=int(0.6 * n + 0.5), stored=torch.float16)
     for piece in (codecs.PIECE, 5):
-        monkeypatch.setattr(mixed, "PIECE", piece)
+        monkeypatch.setattr(parts, "PIECE", piece)
         layer = cache(bits=bits)
         feed(layer, (q, k, v), [n])
         for got, x in zip(layer.read(), want, strict=True):
@@ -233,7 +233,7 @@ def test_decoding_is_attention_over_the_dequantised_cache(monkeypatch: pytest.Mo
     q, k, v = draw(70, b=2, seed=2)
     outs = []
     for size in (1 << 20, 100):
-        monkeypatch.setattr(mixed, "BLOCK_ELEMENTS", size)
+        monkeypatch.setattr(parts, "BLOCK_ELEMENTS", size)
         layer = cache()
         feed(layer, (q, k, v), [23])
         for t in range(23, 70):
@@ -252,7 +252,7 @@ def test_the_saliency_of_decoded_tokens_is_the_attention_they_drew() -> None:
     layer, blocks = cache(bits=(16, 2), probe_ratio=0.4), []
     layer.method = _Spy(layer.method, blocks)
     feed(layer, (q, k, v), [20, *[1] * 10])
-    at = torch.tensor(layer.plan)
+    at = torch.tensor(layer.probes.plan)
     keys = torch.cat((cache_read(q, k, v), k[:, :, 20:30]), 2)
     logits = (q[:, :, 20 + at].view(1, G, 2, -1, D) * D**-0.5) @ keys.unsqueeze(2).mT
     logits = logits.masked_fill(torch.arange(30) > 20 + at[:, None], -torch.inf)

@@ -45,7 +45,7 @@ def feed(layer: MixedCache, tokens: tuple[Tensor, Tensor, Tensor], cuts: list[in
 def mass(layer: MixedCache, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Drawn ``[N]`` from the probes of a prompt, mean over heads, and how many of them could see each token."""
     n = q.shape[2]
-    at = torch.tensor(probe_rows(0, n, *layer.method.probes_of(n, False), layer.seed))
+    at = torch.tensor(probe_rows(0, n, *layer.method.probes_of(n, False), layer.probes.seed))
     return probe_mass(q[:, :, at], k, at, scale=D**-0.5).mean(1)[0], seen_by(at, n)
 
 

@@ -5,8 +5,9 @@ r"""Decode attention over blocks of tokens that share a precision, read from the
 
 One new token per row. s_d and z_d belong to a block and channel, s_m and z_m to a token (all KV heads), c_e to a block and
 channel. A tile never crosses a block, so that a block's ranges are loaded once per tile. Codes are taken out of their words in
-registers: no dequantised cache exists in memory. The tiles of all blocks are split over programs, whose results are merged.
-Bound: bytes of words and ranges.
+registers: no dequantised cache exists in memory. The tiles of all blocks are split over programs, whose results are merged. How
+many blocks there are comes from the device, and launches never change: the call can be captured in a CUDA graph. Bound: bytes
+of words and ranges.
 
 Words int32 along channels, element j of a word at bits j * bits: keys ``[B, G, K, W, D * bits / 32]``, values
 ``[B, G, K, W, E * bits / 32]``, word counts rounded up. Ranges float16: of keys ``[B, G, K, D]``, of values ``[B, 1, K, W]``,
@@ -39,8 +40,8 @@ def _codes(words, place, live, one, D: tl.constexpr, BITS: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _mixed_split(
-    q_ptr, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, channel, part_ptr, lse_ptr,
-    scale2, G, HEADS, S, blocks, room, count, q_b, q_h,
+    q_ptr, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, channel, blocks_ptr, part_ptr, lse_ptr,
+    scale2, G, HEADS, S, room, count, q_b, q_h,
     D: tl.constexpr, E: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr,
     EP: tl.constexpr,
 ):  # fmt: skip
@@ -48,6 +49,7 @@ def _mixed_split(
     pair, split = tl.program_id(0), tl.program_id(1)
     b, g = (pair // G).to(tl.int64), pair % G
     wide = pair.to(tl.int64)
+    blocks = tl.load(blocks_ptr)
     one = tl.where(blocks >= 0, 0x3F800000, 0)  # always the former: see `_fractions`
     r, d, e, c = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, EP), tl.arange(0, BLOCK)
     q = tl.load(
@@ -92,7 +94,7 @@ def mixed_decode(
     value_zero: Tensor,
     channel: Tensor,
     *,
-    blocks: int,
+    blocks: Tensor,
     bits: int,
     scale: float,
     splits: int | None = None,
@@ -101,8 +103,9 @@ def mixed_decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token per row over the first `blocks` blocks of every row.
 
-    q: ``[B, H, 1, D]``; the rest as in the module, each contiguous; E is the width of `channel`. bits: 2, 4 or 8. Returns out
-    ``[B, H, 1, E]`` and lse ``[B, H, 1]``, both float32, to be merged with the other parts. Raises `InvalidInput`.
+    q: ``[B, H, 1, D]``; the rest as in the module, each contiguous; E is the width of `channel`. blocks: int32 ``[1]`` on the
+    device, at most K. bits: 2, 4 or 8. Returns out ``[B, H, 1, E]`` and lse ``[B, H, 1]``, both float32, to be merged with the
+    other parts. Neither the launch nor a bit of the result depends on K. Raises `InvalidInput`.
     """
     b, h, n, d = q.shape
     g, room, count = keys.shape[1:4]
@@ -114,23 +117,24 @@ def mixed_decode(
     )  # fmt: skip
     held = (keys, key_scale, key_zero, values, value_scale, value_zero, channel)
     got = tuple(tuple(x.shape) for x in held)
-    if n != 1 or h % g or bits not in (2, 4, 8) or got != want or not 0 < blocks <= room:
+    if n != 1 or h % g or bits not in (2, 4, 8) or got != want or blocks.shape != (1,) or blocks.dtype != torch.int32:
         raise InvalidInput(
-            f"mixed_decode: q {tuple(q.shape)} and {blocks} blocks of {bits} bits need {want}, got {got}; bits: 2, 4 or 8"
+            f"mixed_decode: q {tuple(q.shape)} and blocks of {bits} bits need {want}, got {got}; bits: 2, 4 or 8; their number: "
+            f"int32 [1], got {blocks.dtype} {tuple(blocks.shape)}"
         )
     if not all(x.is_contiguous() for x in held):
         raise InvalidInput("mixed_decode: blocks and ranges must be contiguous")
     q, r = q.contiguous(), h // g
     if splits is None:
         units = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-        splits = max(1, min(128, 3 * units // (b * g), blocks * -(-count // block)))
+        splits = max(1, min(128, 3 * units // (b * g)))
     part = torch.empty(b * g * splits * r * e, dtype=torch.float32, device=q.device)
     lse = torch.empty(b * g * splits * r, dtype=torch.float32, device=q.device)
     out = torch.empty(b, h, 1, e, dtype=torch.float32, device=q.device)
     out_lse = torch.empty(b, h, 1, dtype=torch.float32, device=q.device)
     wide_d, wide_e = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e))
     _mixed_split[(b * g, splits)](
-        q, *held, part, lse, scale * LOG2E, g, r, splits, blocks, room, count, q.stride(0), q.stride(1),
+        q, *held, blocks, part, lse, scale * LOG2E, g, r, splits, room, count, q.stride(0), q.stride(1),
         D=d, E=e, BITS=bits, ROWS=max(16, triton.next_power_of_2(r)), BLOCK=block, DP=wide_d, EP=wide_e, num_warps=warps,
     )  # fmt: skip
     _merge[(b * h,)](part, lse, out, out_lse, r, splits, e, SP=triton.next_power_of_2(splits), EP=wide_e, num_warps=4)

@@ -57,10 +57,11 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     x = words.contiguous().view(torch.uint8)
     if bits == 4:
         y = x.to(torch.int16)
-        x = ((y | y << 4) & 0x0F0F).view(torch.uint8)
+        x = y.bitwise_or_(y << 4).bitwise_and_(0x0F0F).view(torch.uint8)
     elif bits == 2:
         y = x.to(torch.int32)
-        x = ((y | y << 6 | y << 12 | y << 18) & 0x03030303).view(torch.uint8)
+        y = y.bitwise_or_(y << 12)
+        x = y.bitwise_or_(y << 6).bitwise_and_(0x03030303).view(torch.uint8)
     return x[..., :count]
 
 
