@@ -313,6 +313,11 @@ class Policy(CacheMethod):
 
         Until then it is held whole. It needs the host to announce the prompt's length; a block that was not announced is a
         prompt of its own. Such a policy asks for a bounded number of queries.
+
+        Peak memory: a prompt in one block is compressed layer by layer, each right after its attention, so at most one layer is
+        dense. Pieces pass through all layers before the next piece comes, so until the prompt ends every layer holds all of it,
+        as a dense cache does: what its last queries will ask for is not known earlier. Where pieces must also bound the cache,
+        take a policy that ranks what it holds after each of them (h2o, tova, streamingllm).
         """
         return False
 
