@@ -221,6 +221,21 @@ def test_tokens_one_by_one_are_the_sequence(gate: str) -> None:
 
 @direct
 @pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("gate", ["h", "bhnd"])
+def test_a_fixed_decay_changes_no_other_gradient(gate: str) -> None:
+    """A decay that asks for no gradient gets none; those of q, k, v stay as they are."""
+    case = Case((1, 2, 1, 20, 8, 6), gate)
+    want = case.run("triton", False)
+    leaves = {n: x.clone().requires_grad_(n != "log_decay") for n, x in case.tensors.items()}
+    done = decayed_linear_attention(**leaves, **case.keywords, form="triton")  # type: ignore[arg-type]
+    loss = sum((x.double() * w).sum() for x, w in zip(done[:2], case.weights, strict=True))
+    names = [n for n in leaves if n != "log_decay"]
+    for name, x in zip(names, torch.autograd.grad(loss, [leaves[n] for n in names]), strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(x, want[f"gradient of {name}"], rtol=1e-6, atol=1e-6)
+
+
+@direct
+@pytest.mark.usefixtures("short")
 def test_views_are_read_in_place() -> None:
     """Heads that come out of a projection as a transposed view, and channels that are not next to one another."""
     case = Case((2, 2, 2, 20, 8, 8), "bhnd")

@@ -609,7 +609,7 @@ def _run_scan(
 
     def launch(s: Tensor, target: Tensor, rate: Tensor, ends: bool) -> None:
         _scan[(tiles, pairs, segments)](
-            x, y, z, gate, w, s, out, sums, held if held is not None else end, carry, target, rate,
+            x, y, z, gate, w, s, out, sums, held if held is not None and not ends else end, carry, target, rate,
             scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, pairs, segments, per,
             *_shared(x, heads), *_shared(y, heads), *_shared(z, heads), *fade, *_shared(w, heads),
             s.stride(0), s.stride(1) if s.ndim == 4 else 0, s.stride(-2), s.stride(-1),
@@ -734,8 +734,8 @@ def _rows(x: Tensor) -> Tensor:
 
 _FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? state, float scale) -> (Tensor, Tensor)"
 _BACKWARD = (
-    "(Tensor grad, Tensor grad_end, Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? state, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor grad, Tensor grad_end, Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? state, float scale,"
+    " bool gated) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -760,7 +760,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, scale: float) -> 
 
 @torch.library.custom_op("qkv::decayed_backward", mutates_args=(), schema=_BACKWARD)
 def _backward(
-    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, scale: float
+    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None,
+    scale: float, gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, grad = (_rows(x) for x in (q, k, v, grad))
     heads = q.shape[1]
@@ -771,7 +772,7 @@ def _backward(
     }  # shared heads are summed below
     how: dict[str, Any] = {"heads": heads, "scale": scale}
     if decay is None or decay.shape[3] == 1:
-        dq, dk, dg = _shared_decay(grad, grad_end, q, k, v, decay, state, scale, wide[k.shape[1]])
+        dq, dk, dg = _shared_decay(grad, grad_end, q, k, v, decay, state, scale, wide[k.shape[1]], gated)
         dv, ds, _, _ = _run_scan(k, q, grad, decay, grad_end, **how, back=True, dtype=wide[v.shape[1]])
     else:
         total = _run_prefix(_rows(decay))
@@ -782,23 +783,21 @@ def _backward(
 
 def _shared_decay(
     grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None,
-    scale: float, dtype: torch.dtype,
+    scale: float, dtype: torch.dtype, gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk (one per query head) and dg (empty without a decay) where the channels of a token share one decay."""
+    """dq, dk (one per query head) and dg (empty unless gated) where the channels of a token share one decay, or have none."""
     b, h, n, d = q.shape
     chunks = triton.cdiv(n, CHUNK)
     how: dict[str, Any] = {"heads": h, "scale": scale}
     back, start, end = {"back": True, "dtype": dtype}, _transposed(state), _transposed(grad_end)
-    if decay is None:
-        dq, *_ = _run_scan(grad, v, k, None, start, **how, back=False, dtype=q.dtype)
-        dk, *_ = _run_scan(v, grad, q, None, end, **how, **back)
+    if decay is None or not gated:
+        dq, *_ = _run_scan(grad, v, k, decay, start, **how, back=False, dtype=q.dtype)
+        dk, *_ = _run_scan(v, grad, q, decay, end, **how, **back)
         return dq, dk, q.new_empty(0)
     held = _states(q, chunks, v.shape[3], d)
     dq, _, rise, _ = _run_scan(grad, v, k, decay, start, **how, back=False, dtype=q.dtype, weigh=q, held=held)
     dk, _, fall, carry = _run_scan(v, grad, q, decay, end, **how, **back, weigh=k, held=held)
-    dg = torch.empty(b, h, n, 1, dtype=decay.dtype, device=q.device)
-    _suffix_one[(chunks, b * h)](rise, fall, carry, dg, n, b * h, rise.shape[0], C=CHUNK, num_warps=1)
-    return dq, dk, dg
+    return dq, dk, _run_suffix_one(rise, fall, carry, decay.dtype).view(b, h, n, 1)
 
 
 def _channels(
@@ -806,6 +805,22 @@ def _channels(
     dtype: torch.dtype, gate: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk (one per query head) and dg where every channel has its own decay."""
+    b, h, n, d = q.shape
+    chunks = triton.cdiv(n, CHUNK)
+    owed_q, owed_k, slope, own = _owing(grad, q, k, v, total, scale)
+    held = _states(q, chunks, v.shape[3], d)
+    carry = torch.empty(b, h, chunks, d, dtype=torch.float32, device=q.device)
+    both = (slope, held, carry)
+    how: dict[str, Any] = {"heads": h, "scale": scale}
+    dq = _run_each(grad, v, k, q, total, owed_q, own, *both, _transposed(state), **how, back=False, dtype=q.dtype)
+    dk = _run_each(v, grad, q, k, total, owed_k, own, *both, _transposed(grad_end), **how, back=True, dtype=dtype)
+    return dq, dk, _run_suffix(slope, carry, gate)
+
+
+def _owing(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, total: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_owed` over a sequence: the shares in dq and dk and their slope ``[B, H, N, D]``, and own ``[B, H, N]``, float32."""
     b, h, n, d = q.shape
     chunks, made = triton.cdiv(n, CHUNK), _settings("owed", q.dtype, d)
     dot, precision = _arithmetic(q.dtype)
@@ -818,18 +833,25 @@ def _channels(
         LEVELS=CHUNK.bit_length() - 1, DT=dot, PRECISION=precision, C=CHUNK, Z=tile, K=min(64, width), KP=width,
         num_warps=made["warps"], num_stages=made["stages"],
     )  # fmt: skip
-    held = _states(q, chunks, v.shape[3], d)
-    carry = torch.empty(b, h, chunks, d, dtype=torch.float32, device=q.device)
-    both = (slope, held, carry)
-    how: dict[str, Any] = {"heads": h, "scale": scale}
-    dq = _run_each(grad, v, k, q, total, owed_q, own, *both, _transposed(state), **how, back=False, dtype=q.dtype)
-    dk = _run_each(v, grad, q, k, total, owed_k, own, *both, _transposed(grad_end), **how, back=True, dtype=dtype)
-    dg = torch.empty(b, h, n, d, dtype=gate, device=q.device)
-    tile = min(_wide(d), LAUNCH["prefix"]["tile"])
-    _suffix[(chunks, b * h, triton.cdiv(d, tile))](
+    return owed_q, owed_k, slope, own
+
+
+def _run_suffix_one(rise: Tensor, fall: Tensor, carry: Tensor, dtype: torch.dtype) -> Tensor:
+    """`_suffix_one` over a sequence: dg ``[B H, N]`` from the sums of both passes ``[tiles, B H, N]``."""
+    tiles, pairs, n = rise.shape
+    dg = torch.empty(pairs, n, dtype=dtype, device=rise.device)
+    _suffix_one[(triton.cdiv(n, CHUNK), pairs)](rise, fall, carry, dg, n, pairs, tiles, C=CHUNK, num_warps=1)
+    return dg
+
+
+def _run_suffix(slope: Tensor, carry: Tensor, dtype: torch.dtype) -> Tensor:
+    """`_suffix` over a sequence: dg ``[B, H, N, D]``."""
+    b, h, n, d = slope.shape
+    dg, tile = torch.empty(b, h, n, d, dtype=dtype, device=slope.device), min(_wide(d), LAUNCH["prefix"]["tile"])
+    _suffix[(triton.cdiv(n, CHUNK), b * h, triton.cdiv(d, tile))](
         slope, carry, dg, n, d, C=CHUNK, Z=tile, num_warps=LAUNCH["prefix"]["warps"]
     )
-    return dq, dk, dg
+    return dg
 
 
 def _summed(x: Tensor, like: Tensor) -> Tensor:
@@ -841,10 +863,10 @@ def _summed(x: Tensor, like: Tensor) -> Tensor:
 
 @_backward.register_fake
 def _(
-    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, scale: float
+    grad: Tensor, grad_end: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, scale: float, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    dg = q.new_empty(0) if decay is None else decay.new_empty(decay.shape)
+    dg = decay.new_empty(decay.shape) if decay is not None and (gated or decay.shape[3] > 1) else q.new_empty(0)
     return dq, dk, dv, dg, q.new_empty(0) if state is None else state.new_empty(state.shape)
 
 
@@ -856,8 +878,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, grad: Tensor, grad_end: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, decay, state = ctx.saved_tensors
-    dq, dk, dv, dg, ds = torch.ops.qkv.decayed_backward(grad, grad_end, q, k, v, decay, state, ctx.scale)
-    return dq, dk, dv, dg if decay is not None else None, ds if state is not None else None, None
+    gated = decay is not None and ctx.needs_input_grad[3]
+    dq, dk, dv, dg, ds = torch.ops.qkv.decayed_backward(grad, grad_end, q, k, v, decay, state, ctx.scale, gated)
+    return dq, dk, dv, dg if gated else None, ds if state is not None else None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
