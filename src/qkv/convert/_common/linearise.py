@@ -82,7 +82,7 @@ class Linearisation(Conversion):
         for name, layer in layers.items():
             self.begin(layer, pairs.get(name))
         losses: dict[str, list[float]] = {}
-        for stage, passes, teach in ((TRANSFER, self.transfer, self._transfer), (TUNE, self.tune, self._tune)):
+        for stage, passes, teach in ((TRANSFER, self.transfer, self.imitate), (TUNE, self.tune, self.fine_tune)):
             if passes and not keeper.past(stage):
                 found = teach(model, layers, rows, keeper)
                 losses[stage] = [found[0], found[-1]]
@@ -115,9 +115,10 @@ class Linearisation(Conversion):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def _transfer(
+    def imitate(
         self, model: Any, layers: Mapping[str, Any], rows: Sequence[Mapping[str, Tensor]], keeper: Keeper
     ) -> list[float]:
+        """Stage 1 on the model as it is: `layers` (by site) learn the outputs of its softmax. The loss of every step."""
         every = {f"{n}/{k}": p for n, layer in layers.items() for k, p in layer.added().items()}
         slow = {n: p for n, p in every.items() if n.rpartition("/")[2] in self.slower()}
         groups = [({n: p for n, p in every.items() if n not in slow}, self.rate), (slow, 0.1 * self.rate)]
@@ -136,9 +137,10 @@ class Linearisation(Conversion):
                 learn=learn,
             )
 
-    def _tune(
+    def fine_tune(
         self, model: Any, layers: Mapping[str, Any], rows: Sequence[Mapping[str, Tensor]], keeper: Keeper
     ) -> list[float]:
+        """Stage 2 with `layers` (by site) in the model's place, where they may stand already. The loss of every step."""
         learning = {f"{n}/{k}": p for n, layer in layers.items() for k, p in layer.added().items()}
         for layer in layers.values():
             layer.requires_grad_(False)
