@@ -150,6 +150,11 @@ def test_hash_functions_work_after_a_fit_only() -> None:
     copy = KernelHash(H, D, bits=8, anchors=20)
     copy.load_state_dict(layer.state_dict())
     assert torch.equal(copy.codes(x), layer.codes(x))
+    before = layer.planes.clone()
+    layer.fit(x, steps=0, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(layer.planes, before), "a second fit goes on from the first"
+    with pytest.raises(InvalidParameter, match=r"expected \(2, 4, 20\)"):
+        fit_hash(x, bits=4, anchors=20, start=before)
     with pytest.raises(InvalidParameter, match="anchors=20 of at most 8"):
         layer.fit(x[:, :, :8])
 

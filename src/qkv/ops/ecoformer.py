@@ -179,13 +179,15 @@ class Hash(NamedTuple):
 @torch.no_grad()
 def fit_hash(
     x: Tensor, *, bits: int = 16, anchors: int = 25, pairs: int = 10, steps: int = 100, rate: float = 5e-4,
-    momentum: float = 0.9, generator: torch.Generator | None = None,
+    momentum: float = 0.9, start: Tensor | None = None, generator: torch.Generator | None = None,
 ) -> Hash:  # fmt: skip
     """Hash functions for tokens like x ``[B, H, N, D]`` (queries; their lengths do not matter).
 
-    Target S: +1 at the `pairs` largest scores of each row, -1 at as many smallest. Bit after bit, a row of A that starts at
-    random descends -y^T S y / (N b), y a soft sign, by SGD with Nesterov momentum; it is kept where its hard sign is better than
-    that of the start; S loses y y^T. Anchors are tokens of the first row of the batch. Raises `InvalidParameter`.
+    Target S: +1 at the `pairs` largest scores of each row, -1 at as many smallest. Bit after bit, a row of A descends
+    -y^T S y / (N b), y a soft sign, by SGD with Nesterov momentum; it is kept where its hard sign is better than that of its
+    beginning; S loses y y^T. Anchors are tokens of the first row of the batch. start: planes ``[H, b, w]`` to go on from (the
+    authors fit once an epoch, on its first batch; one fit at their small rate moves little), random ones if None.
+    Raises `InvalidParameter`.
     """
     batch, h, n, _ = x.shape
     if bits < 1 or anchors < 1 or 2 * pairs > n or pairs < 1 or anchors > n:
@@ -195,7 +197,12 @@ def fit_hash(
     x = F.normalize(x.detach().to(wide(x)), dim=-1, eps=1e-6)
     picked = torch.randperm(n, generator=generator)[:anchors].to(x.device)
     chosen = x[0, :, picked]
-    planes = torch.randn(h, bits, anchors, generator=generator, dtype=torch.float64).to(x)
+    planes = (
+        torch.randn(h, bits, anchors, generator=generator, dtype=torch.float64).to(x) if start is None else start.to(x)
+    )
+    if tuple(planes.shape) != (h, bits, anchors):
+        raise InvalidParameter(f"fit_hash: start has shape {tuple(planes.shape)}, expected {(h, bits, anchors)}")
+    planes = planes.clone()
     apart = _apart(x, chosen)
     kappa = (-apart / (2 * apart.mean((-2, -1), keepdim=True).clamp(min=1e-12))).exp()
     mean = kappa.mean((0, 2))
@@ -239,8 +246,9 @@ class KernelHash(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor, **settings: Any) -> None:
-        """Learn from queries ``[B, H, N, D]``; settings as of `fit_hash`."""
-        found = fit_hash(x, bits=self.planes.shape[1], anchors=self.mean.shape[1], **settings)
+        """Learn from queries ``[B, H, N, D]``, going on from an earlier fit; settings as of `fit_hash`."""
+        start = self.planes if bool(self.fitted) else None
+        found = fit_hash(x, bits=self.planes.shape[1], anchors=self.mean.shape[1], start=start, **settings)
         for name, value in found._asdict().items():
             getattr(self, name).copy_(value)
         self.fitted.fill_(True)
