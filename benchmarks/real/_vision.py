@@ -132,13 +132,15 @@ class Choice:
 
     method: a setting for every layer (``"nalaformer"``), or one for each of them. local: ``local(channels)`` makes a module
     called with normalised tokens ``[B, N, C]`` and the grid; its output is added after the operator, before the gated layer.
-    key_width: D of a head, 0 for what the operator asks for.
+    key_width: D of a head, 0 for what the operator asks for. prepare: changes a fresh model in place (shares projections, keeps
+    an input constant).
     """
 
     name: str
     method: str | Operator | Sequence[str | Operator]
     local: Callable[[int], nn.Module] | None = None
     key_width: int = 0
+    prepare: Callable[[Any], None] | None = None
 
     def at(self, layers: int) -> tuple[Any, ...]:
         """One setting per layer."""
@@ -179,13 +181,16 @@ def model(choice: Choice, data: Images, *, parameters: int, width: int, heads: i
     if choice.local is not None:
         for i, block in enumerate(net.blocks):
             net.blocks[i] = WithLocal(block, choice.local(width), width, config.grid)
+    if choice.prepare is not None:
+        choice.prepare(net)
     return net.to(data.train.device)
 
 
 def fit(net: ViT, data: Images, *, steps: int, rows: int, rate: float, seed: int, name: str) -> float:
     """AdamW with warm-up and a cosine to a twentieth; returns seconds a step (the first left out)."""
     device = data.train.device
-    kinds = [p for p in net.parameters() if p.ndim >= 2], [p for p in net.parameters() if p.ndim < 2]
+    trained = [p for p in net.parameters() if p.requires_grad]
+    kinds = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     groups = [{"params": kinds[0], "weight_decay": 0.05}, {"params": kinds[1], "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=device.type == "cuda")
     rng = torch.Generator(device).manual_seed(seed)
