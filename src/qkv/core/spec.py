@@ -370,7 +370,8 @@ class Learnt:
     axes: which of the extra's alternatives. value: from raw numbers to valid ones, in float32 or wider (None: as they are).
     rank: width of a bottleneck in the projection, 0 for none. start: the raw number to begin with (the projection's bias), or
     a function ``start(place) -> Tensor`` of the whole raw parameter (axes ``s`` and ``w`` need one); None instead of a tensor
-    leaves an optional extra out (positions of a grid, where there is none). trained: False for a stored constant.
+    leaves an optional extra out (positions of a grid, where there is none). trained: False for a stored constant. used:
+    whether a configuration reads it at all, ``used(settings)``; None: every one does.
     """
 
     axes: str
@@ -378,6 +379,7 @@ class Learnt:
     rank: int = 0
     start: float | Callable[[Place], Any] = 0.0
     trained: bool = True
+    used: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.core.errors import InvalidInput, InvalidParameter
+from qkv.core.errors import InvalidInput, InvalidParameter, TrainingError
 from qkv.distill import _run
 from qkv.distill._data import Collator, Items
 from qkv.distill.trainer import Lesson, Options, Outcome, Run, settings_of
@@ -42,7 +42,7 @@ class NextToken(Lesson):
         """See `Lesson`."""
         ids = batch["input_ids"]
         targets = ids[:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -1)
-        return self.student.loss(ids[:, :-1], targets), {}
+        return told(self.student, ids[:, :-1], targets), {}
 
 
 class Labels(Lesson):
@@ -54,7 +54,18 @@ class Labels(Lesson):
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Lesson`."""
-        return self.student.loss(batch["pixel_values"], batch["labels"]), {}
+        return told(self.student, batch["pixel_values"], batch["labels"]), {}
+
+
+def told(model: Any, *batch: Tensor) -> Tensor:
+    """The loss; numbers that ran away on finite inputs are a `TrainingError`, not the refusal of the operator that met them."""
+    try:
+        return model.loss(*batch)
+    except InvalidInput as error:
+        if "NaN" not in str(error) or not all(bool(torch.isfinite(x).all()) for x in batch):
+            raise
+        raise TrainingError(f"{error}: the weights have run away; lower learning_rate, warm up longer, or train without bf16"
+                            ) from error  # fmt: skip
 
 
 LESSONS: dict[type[Saved], tuple[type[Lesson], str, frozenset[str]]] = {
@@ -93,6 +104,11 @@ def train(
     if set(items[0]) != keys:
         raise InvalidInput(
             f"items for a {type(model).__name__} hold {', '.join(sorted(keys))}; got {', '.join(sorted(items[0]))}"
+        )
+    batch = settings.get("per_device_train_batch_size", 8)
+    if len(items) < batch:
+        raise InvalidInput(
+            f"{len(items)} items do not fill a batch of {batch}: give more, or a smaller per_device_train_batch_size"
         )
     config = model.config.to_dict()
     config["operators"] = {str(i): m.to_dict() for i, m in enumerate(model.config.methods)}

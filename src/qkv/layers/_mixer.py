@@ -96,7 +96,7 @@ class Mixer(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.learnt = nn.ModuleDict()
         for name, extra in method.spec.extras.items() if isinstance(method, Operator) else ():
-            if extra.learnt is not None and (causal or name not in method.spec.causal_needs):
+            if _learns(extra, self.method) and (causal or name not in method.spec.causal_needs):
                 made = _made(method.id, name, extra, width, self.place)
                 if made is not None:
                     self.learnt[name] = made
@@ -177,6 +177,11 @@ def _rotated(x: Tensor, position: Tensor, base: float) -> Tensor:
 
 
 # -- what an operator learns --------------------------------------------------------------------------------------
+
+
+def _learns(extra: Extra, method: Method) -> bool:
+    """Whether a layer makes this extra for a method of these settings."""
+    return extra.learnt is not None and (extra.learnt.used is None or extra.learnt.used(method.settings()))
 
 
 def _made(who: str, name: str, extra: Extra, width: int, place: Place) -> nn.Module | None:

@@ -307,7 +307,7 @@ class Miras(Operator):
                 required=False,
                 extremes=(0.0, 1e4),
                 doc="error beyond which the Huber loss is linear, at least 0; without it 1",
-                learnt=Learnt(axes="bhn", value=F.softplus),
+                learnt=Learnt(axes="bhn", value=F.softplus, used=lambda settings: settings["loss"] == "huber"),
             ),
         },
     )
