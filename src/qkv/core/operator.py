@@ -52,6 +52,8 @@ class OperatorSpec(Spec):
     initial: ``initial(q, k, v, *, <extras>, <parameters>) -> State``, the empty state for tensors like these;
     given when the operator is recurrent. step: ``step(q, k, v, state, *, ...) -> (out, State)``, one token.
     kernel: ``"qkv.kernels.gla:chunk"``, the Triton twin, imported on first use; it takes every parameter.
+    kernel_limit: ``kernel_limit(q, k, v, <parameters>)``: why the kernel does not compute such a call (widths, a setting),
+    None where it does. ``auto`` then takes `fast`, and form="kernel" is refused with the reason.
     extras: named extra inputs; the laws, bench, docs and layers read how to draw and check them from here.
     cross: N and M may differ (self-attention operators set False; ``"bidirectional"``: only without `causal`).
     A bidirectional call keeps no state. Axes ``s`` and ``w`` of an extra are sizes of its own (codes, a window).
@@ -66,6 +68,7 @@ class OperatorSpec(Spec):
     step: Callable[..., tuple[Tensor, State]] | None = None
     initial: Callable[..., State] | None = None
     kernel: str | None = None
+    kernel_limit: Callable[..., str | None] | None = None
     causal: Literal["only", "never", "both"] = "both"
     padding: bool = True
     gqa: bool = True
@@ -106,6 +109,20 @@ class Operator(Method):
             raise Refused(f"{self.id} gives no {name!r} form; use form='fast'")
         return name, function
 
+    def kernel_limit(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Why the kernel does not compute such a call, None where it does."""
+        limit = self.spec.kernel_limit
+        return None if limit is None else limit(q, k, v, **self._settings["kernel"])  # type: ignore[attr-defined]
+
+    def _within(self, form: Form, q: Tensor, k: Tensor, v: Tensor) -> Form:
+        """`form` without the kernel where that does not compute such a call: ``fast`` for ``auto``, else `Refused`."""
+        if self.spec.kernel is None or form not in ("auto", "kernel") or (form == "auto" and not q.is_cuda):
+            return form
+        why = self.kernel_limit(q, k, v)
+        if why is not None and form == "kernel":
+            raise Refused(f"{self.id}: its kernel {why}; use form='fast'")
+        return form if why is None else "fast"
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool | None = None, padding: Tensor | None = None,
         scale: float | None = None, initial_state: State | None = None, return_state: bool = False,
@@ -131,7 +148,7 @@ class Operator(Method):
         if spec.initial is not None:
             self._check_state(initial_state, optional=True)
             call |= {"initial_state": initial_state, "return_state": return_state}
-        name, function = self._form(form, q.device)
+        name, function = self._form(self._within(form, q, k, v), q.device)
         return function(q, k, v, **call, **self._settings[name])  # type: ignore[attr-defined]
 
     def initial(self, q: Tensor, k: Tensor, v: Tensor, **extras: Any) -> State:

@@ -23,7 +23,7 @@ from qkv.core.errors import InvalidParameter
 from qkv.core.operator import Operator, OperatorSpec
 from qkv.core.spec import Extra, Learnt, Limit, param
 from qkv.core.state import State
-from qkv.ops._common.decayed import decayed_linear_attention, one_token
+from qkv.ops._common.decayed import core_limit, decayed_linear_attention, one_token
 
 
 def reference(
@@ -101,7 +101,7 @@ def step(
     """One token: q ``[B, H, 1, D]``, k ``[B, G, 1, D]``, v ``[B, G, 1, E]`` -> out ``[B, H, 1, E]``, new state."""
     out, new, _ = decayed_linear_attention(
         q, k, v, log_decay=log_decay, scale=scale, state=_state_tensor(q, k, v, state), padding=padding,
-        form=one_token(q),
+        form=one_token(q, v),
     )  # fmt: skip
     return out, _state(new, state, 1)
 
@@ -164,6 +164,7 @@ class GatedLinearAttention(Operator):
         initial=initial,
         step=step,
         kernel="qkv.ops.gla:fused",
+        kernel_limit=core_limit,
         extras={
             "log_decay": Extra(
                 axes="h|bhn|bhnd",

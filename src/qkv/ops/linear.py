@@ -18,7 +18,7 @@ from torch import Tensor
 from qkv.core.operator import Operator, OperatorSpec
 from qkv.core.spec import param
 from qkv.core.state import State
-from qkv.ops._common.decayed import decayed_linear_attention, one_token
+from qkv.ops._common.decayed import core_limit, decayed_linear_attention, one_token
 
 
 def reference(
@@ -82,7 +82,7 @@ def step(
 ) -> tuple[Tensor, State]:
     """One token: q ``[B, H, 1, D]``, k ``[B, G, 1, D]``, v ``[B, G, 1, E]`` -> out ``[B, H, 1, E]``, new state."""
     out, new, _ = decayed_linear_attention(
-        q, k, v, scale=scale, state=_tensor(q, v, state), padding=padding, form=one_token(q)
+        q, k, v, scale=scale, state=_tensor(q, v, state), padding=padding, form=one_token(q, v)
     )
     return out, _state(new, state, 1)
 
@@ -120,5 +120,6 @@ class Linear(Operator):
         initial=initial,
         step=step,
         kernel="qkv.ops.linear:fused",
+        kernel_limit=core_limit,
     )
     chunk_size: int = param(64, "tokens per chunk: matmuls inside, one state between", low=1)

@@ -27,7 +27,9 @@ from qkv.core.errors import InvalidInput, UnknownName
 from qkv.core.kernel import kernel
 from qkv.core.spec import near
 
+Form = Literal["chunked", "recurrent", "quadratic", "triton"]
 FORMS = ("chunked", "recurrent", "quadratic", "triton")
+WIDEST = 256  # of keys and of values, in the kernel
 
 
 class Decayed(NamedTuple):
@@ -50,7 +52,7 @@ def decayed_linear_attention(
     state: Tensor | None = None,
     keys: Tensor | None = None,
     padding: Tensor | None = None,
-    form: Literal["chunked", "recurrent", "quadratic", "triton"] = "chunked",
+    form: Form = "chunked",
     chunk_size: int = 64,
     sub_chunk: int = 8,
 ) -> Decayed:
@@ -118,9 +120,20 @@ def _fused(
     return Decayed(_divided(out, total + eps), s, z.squeeze(-1))
 
 
-def one_token(q: Tensor) -> Literal["triton", "recurrent"]:
-    """The form that decodes one token: the fused step on CUDA, torch elsewhere and in float64."""
-    return "triton" if q.is_cuda and q.dtype != torch.float64 else "recurrent"
+def one_token(*widest: Tensor) -> Literal["triton", "recurrent"]:
+    """The form that decodes one token: the fused step on CUDA, torch elsewhere, in float64 and for heads too wide for it."""
+    fused = all(x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= WIDEST for x in widest)
+    return "triton" if fused else "recurrent"
+
+
+def core_limit(q: Tensor, k: Tensor, v: Tensor, **parameters: Any) -> str | None:
+    """Why the kernel does not take heads like these, None where it does: an `OperatorSpec.kernel_limit`."""
+    return too_wide(q.shape[-1], v.shape[-1]) or ("has no float64" if q.dtype == torch.float64 else None)
+
+
+def too_wide(d: int, e: int) -> str | None:
+    """Why the kernel does not take keys of width d and values of width e, None where it does."""
+    return f"takes keys and values of width up to {WIDEST}, here {d} and {e}" if max(d, e) > WIDEST else None
 
 
 def _decay(log_decay: Tensor, b: int, h: int, n: int, d: int) -> Tensor:
