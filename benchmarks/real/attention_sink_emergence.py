@@ -1,6 +1,9 @@
-"""Attention sinks of SmolLM2: high at the first token, about 0 later, on natural and on random text.
+"""Attention sinks of SmolLM2: high at the first token, about 0 later, on natural and on random text; and how they emerge.
 
-python benchmarks/real/attention_sink_emergence.py [--device cuda]
+python benchmarks/real/attention_sink_emergence.py [--device cuda] [--training a,h,i]
+
+--training also trains small byte models from three seeds (a GPU's work; see `_emergence.VARIANTS` for the letters) and records
+their sinks as they learn; every finished variant is kept at once.
 """
 
 from __future__ import annotations
@@ -8,7 +11,8 @@ from __future__ import annotations
 import time
 
 import torch
-from _streams import arguments, clock, load
+from _emergence import VARIANTS, emergence
+from _streams import clock, load, parser
 
 import qkv
 from qkv.bench.assets import long_text
@@ -37,7 +41,13 @@ def shuffled_rate(model, ids, probe) -> float:
 
 
 def main() -> None:
-    a = arguments(__doc__)
+    options = parser(__doc__)
+    options.add_argument("--training", default="", help=f"variants to train, with commas, of {', '.join(VARIANTS)}")
+    options.add_argument("--steps", type=int, default=4000, help="of every training")
+    a = options.parse_args()
+    variants = [x for x in a.training.split(",") if x]
+    if set(variants) - set(VARIANTS):
+        options.error(f"--training {a.training}: variants are {', '.join(VARIANTS)}")
     model, tokenizer = load(a)
     probe = qkv.method("attention-sink-emergence", samples=32 if a.quick else 100)
     t0 = time.perf_counter()
@@ -84,8 +94,10 @@ def main() -> None:
         Figure("cosine of queries with the first key", middle["first"], "", "median over heads"),
         Figure("cosine of queries with later keys", middle["other"], "", "median over heads"),
     ]  # fmt: skip
+    more = f" --training {a.training} --steps {a.steps}" if variants else ""
+    figures += emergence(a, variants, a.steps, t0) if variants else []
     record("attention-sink-emergence", claim=probe.spec.shown, figures=figures, table=rows, seed=0, folder=a.folder,
-           command="python benchmarks/real/attention_sink_emergence.py")  # fmt: skip
+           command=f"python benchmarks/real/attention_sink_emergence.py --device {a.device}{more}")  # fmt: skip
     for figure in figures:
         print(figure.name, figure.value, figure.unit, figure.note)
 
