@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from _passkeys import DIGITS, QUESTION, prompts
+from _passkeys import prompts
 from _streams import applied, clock, divergence, losses, perplexity, tokens
 from torch import Tensor
 
 import qkv
 from qkv.bench.record import Figure
+from qkv.bench.tasks.passkey import DIGITS, QUESTION
 
 KL, HELD = "KL to full (nats/token)", "bytes held"
 

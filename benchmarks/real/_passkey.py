@@ -10,10 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HEAD = "There is an important number hidden inside a lot of irrelevant text. Find it and memorize it.\n"
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
-QUESTION = "What is the pass key? The pass key is"
+from qkv.bench.tasks.passkey import DIGITS, FILLER, HEAD, NEEDLE, QUESTION
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ def hidden(tokenizer, length: int, depths: Sequence[float], trials: int = 1, see
     head, filler, question = ids(HEAD), ids(FILLER), ids(QUESTION)
     for depth in depths:
         for _ in range(trials):
-            key = "".join(draw.choice("123456789") for _ in range(5))
+            key = "".join(draw.choice("123456789") for _ in range(DIGITS))
             needle = ids(NEEDLE.format(key=key))
             whole, rest = divmod(length - len(head) - len(needle) - len(question), len(filler))
             front = [*head, *filler[len(filler) - rest :], *filler * round(depth * whole)]

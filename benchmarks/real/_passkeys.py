@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import re
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from _streams import applied
+from _streams import applied, clock, divergence, losses, perplexity, tokens
 
-DIGITS = 5
-HEAD = "There is an important number hidden inside a lot of irrelevant text. Find it and memorize it.\n"
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
-QUESTION = "What is the pass key? The pass key is"
+from qkv.bench.tasks.passkey import DIGITS, FILLER, HEAD, NEEDLE, QUESTION
 
 
 def prompts(
@@ -56,3 +55,40 @@ def accuracy(model: Any, tokenizer: Any, method: Any, cases: list[tuple[list[int
             right += found is not None and found.group() == key
         ratio = qkv.report(model).ratio
     return round(right / len(cases), 3), round(ratio, 4)
+
+
+def judged(
+    a: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    methods: Mapping[str, Any],
+    *,
+    new: int,
+    chunk: int,
+    digits: int,
+    depth: float,
+) -> tuple[list[dict[str, Any]], str, str]:
+    """A row per cache: pass keys and bytes at two lengths; perplexity of text after a prompt, and KL to the first cache's.
+
+    new: tokens of text after each prompt, in blocks of `chunk`. digits: of the KL. depth: of the one pass key of a quick look.
+    Returns the rows, and notes on the pass keys and on the text.
+    """
+    lengths, depths, trials = ((300,), (depth,), 1) if a.quick else ((2048, 4096), (0.1, 0.3, 0.5, 0.7, 0.9), 2)
+    prompt, new, windows = (240, 16, 1) if a.quick else (2048, new, 2)
+    texts = [tokens(tokenizer, prompt + new, 20000 + i * 50000) for i in range(windows)]
+    rows, base, t0 = [], [], time.perf_counter()
+    for name, method in methods.items():
+        row: dict[str, Any] = {"cache": name}
+        for n in lengths:
+            cases = prompts(tokenizer, n, depths, trials)
+            row[f"pass keys at {n}"], row[f"bytes at {n}"] = accuracy(model, tokenizer, method, cases)
+        with applied(model, method):
+            scored = [losses(model, ids, prompt=prompt, chunk=chunk) for ids in texts]
+        base = base or [logits for _, logits in scored]
+        row["perplexity"] = perplexity(torch.cat([loss for loss, _ in scored]))
+        parts = [divergence(x, y)[0] for x, (_, y) in zip(base, scored, strict=True)]
+        row["KL to full (nats/token)"] = round(sum(parts) / len(parts), digits)
+        rows.append(row)
+        clock(str(row), t0)
+    note = f"{len(depths) * trials} pass keys at {lengths[-1]} tokens, asked for after compression"
+    return rows, note, f"{windows} x {new} tokens after prompts of {prompt}, in blocks of {chunk}"

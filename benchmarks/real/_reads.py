@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
-import torch
 from _passkey import hidden, score
-from _streams import applied, clock, divergence, losses, perplexity, tokens
+from _streams import applied
 
 from qkv.bench.record import Figure
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-def compare(model, tokenizer, methods: Mapping[str, object], *, prompt: int, new: int, windows: int) -> list[dict]:
-    """A row per method: perplexity of `new` tokens decoded one by one after a prompt, KL to the full cache, agreement."""
-    t0, found = time.perf_counter(), {name: [] for name in ["full", *methods]}
-    for i in range(windows):
-        ids = tokens(tokenizer, prompt + new, 20000 + i * 50000)
-        with applied(model, None):
-            loss, base = losses(model, ids, prompt=prompt, chunk=1)
-        found["full"].append((loss, 0.0, 1.0))
-        for name, method in methods.items():
-            with applied(model, method):
-                loss, logits = losses(model, ids, prompt=prompt, chunk=1)
-            found[name].append((loss, *divergence(base, logits)))
-        clock(f"window {i + 1} of {windows}", t0)
-    return [
-        {
-            "method": name,
-            "perplexity": perplexity(torch.cat([x[0] for x in rows])),
-            "KL to full (nats/token)": round(sum(x[1] for x in rows) / len(rows), 4),
-            "top-1 agreement": round(sum(x[2] for x in rows) / len(rows), 4),
-        }
-        for name, rows in found.items()
-    ]
 
 
 def passkeys(model, tokenizer, table: list[dict], methods: Mapping[str, object], *, length: int, depths=DEPTHS) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,19 @@ import qkv
 from qkv.bench.assets import long_text, smollm2, text_tokens
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """--device, --dtype, --quick (fewer tokens, for a look) and --folder."""
+    out = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    out.add_argument("--dtype", default="float32")
+    out.add_argument("--quick", action="store_true", help="a tenth of the tokens")
+    out.add_argument("--folder", default="benchmarks/results/real")
+    return out
+
+
 def arguments(description: str | None) -> argparse.Namespace:
-    """--device, --dtype and --quick (fewer tokens, for a look)."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the tokens")
-    parser.add_argument("--folder", default="benchmarks/results/real")
-    return parser.parse_args()
+    """What `parser` reads."""
+    return parser(description).parse_args()
 
 
 def load(a: argparse.Namespace):
@@ -93,6 +98,32 @@ def applied(model, methods: Sequence[object] | str | None):
         if methods
         else qkv.applied(model, "full")
     )
+
+
+def compare(
+    model, tokenizer, methods: Mapping[str, object], *, prompt: int, new: int, windows: int, chunk: int = 1
+) -> list[dict]:
+    """A row per method: perplexity of `new` tokens after a prompt, `chunk` at a time, KL to the full cache, agreement."""
+    t0, found = time.perf_counter(), {name: [] for name in ["full", *methods]}
+    for i in range(windows):
+        ids = tokens(tokenizer, prompt + new, 20000 + i * 50000)
+        with applied(model, None):
+            loss, base = losses(model, ids, prompt=prompt, chunk=chunk)
+        found["full"].append((loss, 0.0, 1.0))
+        for name, method in methods.items():
+            with applied(model, method):
+                loss, logits = losses(model, ids, prompt=prompt, chunk=chunk)
+            found[name].append((loss, *divergence(base, logits)))
+        clock(f"window {i + 1} of {windows}", t0)
+    return [
+        {
+            "method": name,
+            "perplexity": perplexity(torch.cat([x[0] for x in rows])),
+            "KL to full (nats/token)": round(sum(x[1] for x in rows) / len(rows), 4),
+            "top-1 agreement": round(sum(x[2] for x in rows) / len(rows), 4),
+        }
+        for name, rows in found.items()
+    ]
 
 
 def clock(label: str, since: float) -> None:

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _reads import DEPTHS, compare, figures, passkeys
-from _streams import arguments, load, tokens
+from _reads import DEPTHS, figures, passkeys
+from _streams import arguments, compare, load, tokens
 from torch import Tensor
 
 from qkv.bench.record import Figure, record

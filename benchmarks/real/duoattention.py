@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 
 import torch
-from _passkeys import accuracy, prompts
+from _passkeys import judged
 from _resume import kept
-from _streams import applied, arguments, clock, divergence, load, losses, perplexity, tokens
+from _streams import arguments, clock, load
 
 import qkv
 from qkv.bench.assets import calibration_text
@@ -57,30 +57,11 @@ def main() -> None:
         "inverted gates, half streaming": qkv.method("duoattention", gates=1 - values, **sizes),
         "all heads streaming": qkv.method("duoattention", sparsity=1.0, **sizes),
     }
-    lengths, depths, trials = ((300,), (0.5,), 1) if a.quick else ((2048, 4096), (0.1, 0.3, 0.5, 0.7, 0.9), 2)
-    prompt, new, windows = (240, 16, 1) if a.quick else (2048, 512, 2)
-    texts = [tokens(tokenizer, prompt + new, 20000 + i * 50000) for i in range(windows)]
-    rows, base = [], []
-    for name, method in methods.items():
-        row: dict = {"cache": name}
-        for n in lengths:
-            row[f"pass keys at {n}"], row[f"bytes at {n}"] = accuracy(
-                model, tokenizer, method, prompts(tokenizer, n, depths, trials)
-            )
-        with applied(model, method):
-            scored = [losses(model, ids, prompt=prompt, chunk=64) for ids in texts]
-        base = base or [logits for _, logits in scored]
-        row["perplexity"] = perplexity(torch.cat([loss for loss, _ in scored]))
-        parts = [divergence(x, y)[0] for x, (_, y) in zip(base, scored, strict=True)]
-        row["KL to full (nats/token)"] = round(sum(parts) / len(parts), 4)
-        rows.append(row)
-        clock(str(row), t0)
+    rows, note, text = judged(a, model, tokenizer, methods, new=512, chunk=64, digits=4, depth=0.5)
     by = {row["cache"]: row for row in rows}
-    last = f"pass keys at {lengths[-1]}"
+    last, held = [name for name in rows[0] if " at " in name][-2:]
     random_rows = [row[last] for name, row in by.items() if name.startswith("random")]
     half = by["learned gates, half streaming"]
-    note = f"{len(depths) * trials} pass keys at {lengths[-1]} tokens, asked for after compression"
-    text = f"{windows} x {new} tokens after prompts of {prompt}, in blocks of 64"
     figures = [
         Figure("pass keys, full", by["full"][last], "", note),
         Figure("pass keys, learned gates", half[last], "", note),
@@ -91,7 +72,7 @@ def main() -> None:
             f"mean of {len(random_rows)} draws",
         ),
         Figure("pass keys, inverted gates", by["inverted gates, half streaming"][last], "", "negative control"),
-        Figure("bytes held, learned gates", half[f"bytes at {lengths[-1]}"], "", "share of a full cache"),
+        Figure("bytes held, learned gates", half[held], "", "share of a full cache"),
         Figure("perplexity, full", by["full"]["perplexity"], "", text),
         Figure("perplexity, learned gates", half["perplexity"], "", text),
         Figure("gates above 0.9", int((values > 0.9).sum()), "", f"of {values.numel()}"),

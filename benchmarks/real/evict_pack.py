@@ -5,10 +5,8 @@ python benchmarks/real/evict_pack.py [--device cuda]
 
 from __future__ import annotations
 
-import time
-
 import torch
-from _streams import applied, arguments, clock, divergence, load, losses, perplexity, tokens
+from _streams import applied, arguments, compare, load, tokens
 
 import qkv
 from qkv.bench.record import Figure, record
@@ -29,17 +27,7 @@ def main() -> None:
     a = arguments(__doc__)
     model, tokenizer = load(a)
     prompt, new, windows = (512, 32, 1) if a.quick else (2048, 64, 4)
-    t0, found = time.perf_counter(), {name: [] for name in ["full", *METHODS]}
-    for i in range(windows):
-        ids = tokens(tokenizer, prompt + new, 20000 + i * 50000)
-        with applied(model, None):
-            loss, base = losses(model, ids, prompt=prompt, chunk=1)
-        found["full"].append((loss, 0.0, 1.0))
-        for name, method in METHODS.items():
-            with applied(model, method):
-                loss, logits = losses(model, ids, prompt=prompt, chunk=1)
-            found[name].append((loss, *divergence(base, logits)))
-        clock(f"window {i + 1} of {windows}", t0)
+    rows = compare(model, tokenizer, METHODS, prompt=prompt, new=new, windows=windows)
     held = {}
     model = model.to(torch.bfloat16)
     ids = tokens(tokenizer, prompt, 20000).to(model.device)
@@ -47,16 +35,7 @@ def main() -> None:
         with applied(model, method), torch.no_grad():
             model(ids, use_cache=True, logits_to_keep=1)
             held[name] = round(qkv.report(model).ratio, 4)
-    table = [
-        {
-            "method": name,
-            "perplexity": perplexity(torch.cat([x[0] for x in rows])),
-            "KL to full (nats/token)": round(sum(x[1] for x in rows) / len(rows), 4),
-            "top-1 agreement": round(sum(x[2] for x in rows) / len(rows), 4),
-            "bytes of a bf16 cache after the prompt": held.get(name, 1.0),
-        }
-        for name, rows in found.items()
-    ]
+    table = [row | {"bytes of a bf16 cache after the prompt": held.get(row["method"], 1.0)} for row in rows]
     by = {row["method"]: row for row in table}
     note = f"{windows} x {new} tokens decoded after prompts of {prompt}"
     figures = [Figure("perplexity, full", by["full"]["perplexity"], "", note)]

@@ -11,12 +11,12 @@ import time
 
 import torch
 from _eviction import continuation, figures
-from _passkeys import FILLER, HEAD, NEEDLE
 from _streams import applied, arguments, clock, load, tokens
 from torch import Tensor
 
 import qkv
 from qkv.bench.record import Figure, record
+from qkv.bench.tasks.passkey import FILLER, HEAD, NEEDLE
 from qkv.caches.lazyeviction import LazyEviction, recurrence_intervals
 from qkv.core.attend import causal_mask
 from qkv.hosts import observe

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, final
 
-from _reads import DEPTHS, compare, figures, passkeys
-from _streams import arguments, load
+from _reads import DEPTHS, figures, passkeys
+from _streams import arguments, compare, load
 from torch import Tensor
 
 from qkv.bench.record import record

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import time
 
-import torch
-from _passkeys import accuracy, prompts
+from _passkeys import judged
 from _resume import kept
-from _streams import applied, arguments, clock, divergence, load, losses, perplexity, tokens
+from _streams import arguments, clock, load
 
 import qkv
 from qkv.bench.record import Figure, record
@@ -57,31 +56,12 @@ def main() -> None:
         "no head": razor(HeadSet()),
         "no head, without compensation": razor(HeadSet(), compensation=False),
     }
-    lengths, depths, trials = ((300,), (0.3,), 1) if a.quick else ((2048, 4096), (0.1, 0.3, 0.5, 0.7, 0.9), 2)
-    prompt, new, windows = (240, 16, 1) if a.quick else (2048, 128, 2)
-    texts = [tokens(tokenizer, prompt + new, 20000 + i * 50000) for i in range(windows)]
-    rows, base = [], []
-    for name, method in methods.items():
-        row: dict = {"cache": name}
-        for n in lengths:
-            row[f"pass keys at {n}"], row[f"bytes at {n}"] = accuracy(
-                model, tokenizer, method, prompts(tokenizer, n, depths, trials)
-            )
-        with applied(model, method):
-            scored = [losses(model, ids, prompt=prompt, chunk=8) for ids in texts]
-        base = base or [logits for _, logits in scored]
-        row["perplexity"] = perplexity(torch.cat([loss for loss, _ in scored]))
-        parts = [divergence(x, y)[0] for x, (_, y) in zip(base, scored, strict=True)]
-        row["KL to full (nats/token)"] = round(sum(parts) / len(parts), 5)
-        rows.append(row)
-        clock(str(row), t0)
+    rows, note, text = judged(a, model, tokenizer, methods, new=128, chunk=8, digits=5, depth=0.3)
     by = {row["cache"]: row for row in rows}
-    last = f"pass keys at {lengths[-1]}"
+    last, held = [name for name in rows[0] if " at " in name][-2:]
     best, bare = by[f"best {len(more)} KV heads"], by["without compensation"]
     random_rows = [row[last] for name, row in by.items() if name.startswith("random")]
-    note = f"{len(depths) * trials} pass keys at {lengths[-1]} tokens, asked for after compression"
     scores = found.induction.values.flatten().sort(descending=True).values
-    text = f"{windows} x {new} tokens after prompts of {prompt}, in blocks of 8"
     figures = [
         Figure(
             "highest induction score",
@@ -105,7 +85,7 @@ def main() -> None:
             f"mean of {len(random_rows)} draws",
         ),
         Figure("pass keys, lowest heads", by[f"lowest {len(lowest)}"][last], "", "negative control"),
-        Figure("bytes held, best heads", best[f"bytes at {lengths[-1]}"], "", "share of a full cache"),
+        Figure("bytes held, best heads", best[held], "", "share of a full cache"),
         Figure("KL to full, with compensation", best["KL to full (nats/token)"], "nats/token", text),
         Figure("KL to full, without compensation", bare["KL to full (nats/token)"], "nats/token", text),
     ]

@@ -9,11 +9,11 @@ import random
 import re
 
 import torch
-from _passkey import FILLER
-from _reads import compare, figures
-from _streams import applied, arguments, load
+from _reads import figures
+from _streams import applied, arguments, compare, load
 
 from qkv.bench.record import Figure, record
+from qkv.bench.tasks.passkey import FILLER
 from qkv.caches.recycled import Recycled
 
 NAMES = ("red", "blue", "green", "white")

@@ -5,10 +5,8 @@ python benchmarks/real/zipcache.py [--device cuda]
 
 from __future__ import annotations
 
-import time
-
 import torch
-from _streams import applied, arguments, clock, divergence, load, losses, perplexity, tokens
+from _streams import applied, arguments, compare, load, tokens
 from torch import Tensor
 
 import qkv
@@ -56,17 +54,7 @@ def main() -> None:
     a = arguments(__doc__)
     model, tokenizer = load(a)
     prompt, new, windows = (512, 128, 1) if a.quick else (2048, 256, 6)
-    t0, found = time.perf_counter(), {name: [] for name in ["full", *METHODS]}
-    for i in range(windows):
-        ids = tokens(tokenizer, prompt + new, 20000 + i * 50000)
-        with applied(model, None):
-            loss, base = losses(model, ids, prompt=prompt, chunk=16)
-        found["full"].append((loss, 0.0, 1.0))
-        for name, method in METHODS.items():
-            with applied(model, method):
-                loss, logits = losses(model, ids, prompt=prompt, chunk=16)
-            found[name].append((loss, *divergence(base, logits)))
-        clock(f"window {i + 1} of {windows}", t0)
+    rows = compare(model, tokenizer, METHODS, prompt=prompt, new=new, windows=windows, chunk=16)
     error = values_error(model, tokens(tokenizer, 256 if a.quick else 1024, 20000), 4)
     held = {}
     model = model.to(torch.bfloat16)
@@ -77,16 +65,7 @@ def main() -> None:
             for t in range(prompt, ids.shape[1]):
                 model(ids[:, t : t + 1].to(model.device), past_key_values=cache, use_cache=True)
             held[name] = round(qkv.report(model).ratio, 4)
-    table = [
-        {
-            "method": name,
-            "perplexity": perplexity(torch.cat([x[0] for x in rows])),
-            "KL to full (nats/token)": round(sum(x[1] for x in rows) / len(rows), 4),
-            "top-1 agreement": round(sum(x[2] for x in rows) / len(rows), 4),
-            "bytes of a bf16 cache": held.get(name, 1.0),
-        }
-        for name, rows in found.items()
-    ]
+    table = [row | {"bytes of a bf16 cache": held.get(row["method"], 1.0)} for row in rows]
     by = {row["method"]: row for row in table}
     note = f"{windows} x {new} tokens in pieces of 16 after prompts of {prompt}"
     names = ("full", "uniform 4 bits", "4/2 bits", "uniform 2 bits", "control: 4 bits for the least salient 60 %")
