@@ -172,3 +172,62 @@ def test_labels_are_small() -> None:
     assert labels == B * G * 512 * (1 + 2 + 2)  # two channels of 4 bits, a step and a minimum
     notes = sum(x.numel() * x.element_size() for x in labelled.notes.values())  # the sample: the same at any length
     assert labelled.bytes() - plain.bytes() == labels + notes
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_offloaded_keys_are_read_as_those_that_stay(bits: int) -> None:
+    """Same tokens, same bits: a padded batch, a prompt in pieces, steps, beams, a crop, a copy read back. Labels alone stay."""
+    q, k, v = drawn(90, seed=3)
+    padding = torch.ones(B, 90, dtype=torch.bool)
+    padding[1, :7] = False
+    position = (padding.cumsum(-1, dtype=torch.int32) - 1).masked_fill(~padding, -1)
+    near, far = (
+        DoubleSparsity(budget=9, channel_factor=4, label_bits=bits, dense_layers=1, samples=8, offload=x).layer(
+            geometry()
+        )
+        for x in (False, True)
+    )
+
+    def both(n: int) -> None:
+        at = slice(near.seen, near.seen + n)
+        step = Step(position[:, at], D**-0.5, padding[:, : at.stop])
+        a, b = (layer.attend(q[:, :, at], k[:, :, at], v[:, :, at], step) for layer in (near, far))
+        assert torch.equal(a, b)
+
+    for n in (30, 20, *[1] * 12):
+        both(n)
+    for layer in (near, far):
+        layer.select(torch.tensor([1, 0]))
+        layer.select(torch.tensor([1, 0]))
+        layer.crop(2)
+    both(1)
+    assert far.bytes() == near.bytes() == near.resident() and not far.static()
+    away = 2 * B * G * D * far.keys.shape[2] * 8  # type: ignore[attr-defined]
+    assert far.resident() == far.bytes() - away < near.bytes() / 2
+    twin = DoubleSparsity(budget=9, channel_factor=4, label_bits=bits, dense_layers=1, samples=8, offload=True).layer(
+        geometry()
+    )
+    twin.restore(far.tensors())
+    far = twin
+    both(1)
+    assert far.resident() < near.resident() / 2
+    dense = DoubleSparsity(dense_layers=3, offload=True).layer(geometry())
+    dense.attend(q, k, v, Step(position, D**-0.5))
+    assert dense.resident() == dense.bytes(), "a layer that reads everything keeps everything near"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offloaded_keys_lie_outside_the_device() -> None:
+    q, k, v = (x.float() for x in drawn(80, seed=4))
+    outs = []
+    for offload, device in ((False, "cpu"), (True, "cuda")):
+        layer: Any = DoubleSparsity(budget=9, channel_factor=4, samples=8, offload=offload).layer(geometry())
+        x = [t.to(device) for t in (q, k, v)]
+        parts = []
+        for n in (50, *[1] * 30):
+            at = slice(layer.seen, layer.seen + n)
+            position = torch.arange(at.start, at.stop, device=device).expand(B, n)
+            parts.append(layer.attend(*(t[:, :, at] for t in x), Step(position, D**-0.5)).cpu())
+        outs.append(torch.cat(parts, 2))
+    assert not layer.keys.is_cuda and layer.keys.is_pinned() and all(t.is_cuda for t in layer.features.values())
+    torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=1e-3)

@@ -11,7 +11,12 @@ too: for evaluation only, it saves nothing.
 channels: a file of `qkv.probes._key_channels.calibrate_channels` (as in the paper), or "prompt": every row takes the statistic
 of its own first `samples` tokens, which are all read until then (our choice: nothing to prepare). The paper's code keeps one
 list per query head; with grouped heads one per KV head serves, and its choice is shared (our choice). Its accumulation of the
-statistic, of which only the last batch counts, is not copied. Left out: keys and values on the host with prefetch.
+statistic, of which only the last batch counts, is not copied.
+
+offload=True keeps keys and values of the layers that choose in host memory, page-locked for a GPU: labels stay with the model,
+and a step brings over the tokens that it reads. They are chosen by the true query once it is known, so the tokens read are those
+of offload=False; the paper fetches a layer ahead by an approximate query, which hides the copy and reads what the guess names
+(left out: a cache sees queries, not the next layer's projections).
 
 Axes: B batch, H query heads, G key/value heads, R = H / G, M tokens, D head width, r label width. Paper: arXiv:2408.07092.
 """
@@ -89,14 +94,14 @@ class DoubleSparsity(Reader):
         source="code",
         summary="Keeps everything; scores all tokens by their few dominant key channels and reads the best.",
         shown="calibrated channels find the tokens that matter far better than random channels of the same number",
-        honest="no memory is saved (labels add a little); every label is read at every step",
+        honest="no memory is saved (labels add a little) unless it is offloaded; every label is read at every step",
         limits=(
             Limit("full", {"budget": 1.0}, "budget >= length: exact attention"),
             Limit("full", {"budget": 1 << 20}, "budget >= length: exact attention"),
             Limit("full", {"dense_layers": 1 << 10}, "every layer dense: exact attention"),
         ),
         evicts=False,
-        trials=({}, {"label_bits": 16}, {"prefill_mask": True}),
+        trials=({}, {"label_bits": 16}, {"prefill_mask": True}, {"offload": True}),
         small={"budget": 9, "channel_factor": 2, "samples": 5, "dense_layers": 1},
     )
     budget: int | float = budget_param(0.0625, "tokens read per head and step: an int is a number, a float a share")
@@ -106,6 +111,7 @@ class DoubleSparsity(Reader):
     channels: str = param("prompt", "a file of calibrated channels, or 'prompt': from each row's first tokens")
     samples: int = param(64, "with channels='prompt': tokens that the statistic is taken from", low=2)
     prefill_mask: bool = param(False, "prompt queries read their top tokens too (evaluation only)")
+    offload: bool = param(False, "keys and values in host memory; labels, and what a step reads, with the model")
 
     capturable: ClassVar[bool] = True
 
@@ -130,6 +136,10 @@ class DoubleSparsity(Reader):
         """The first layers."""
         return geometry.layer < self.dense_layers
 
+    def hosted(self, geometry: Geometry) -> bool:
+        """Where tokens are chosen; a layer that reads everything keeps everything near."""
+        return self.offload and not self.dense(geometry)
+
     def prefill(self, geometry: Geometry) -> int | None:
         """In full, but for evaluation."""
         return 64 if self.prefill_mask else None
@@ -151,7 +161,7 @@ class DoubleSparsity(Reader):
             q, at = q[:, :, : self.samples], at[:, : self.samples]
         b, g, d = q.shape[0], view.keys.shape[1], q.shape[3]
         slot = at.clamp(min=0)[:, None, :, None].expand(b, g, -1, d)
-        new = importance(q, view.keys.gather(2, slot))
+        new = importance(q, view.keys.gather(2, slot.to(view.keys.device)).to(q.device))
         where = at.masked_fill((at < 0) | (at >= self.samples), self.samples)[:, None, :, None].expand(b, g, -1, d)
         old = view.notes.get("sample")
         room = new.new_zeros(b, g, self.samples + 1, d)

@@ -268,6 +268,13 @@ class Reader(CacheMethod):
         """Whether this site always reads everything (no index is kept there)."""
         return False
 
+    def hosted(self, geometry: Geometry) -> bool:
+        """Whether this site's keys and values lie in host memory, and only its index and what it reads on the device.
+
+        `Reading.keys` and `Reading.values` lie there then: a reader that looks at them takes what it needs to its queries.
+        """
+        return False
+
     def prefill(self, geometry: Geometry) -> int | None:
         """None: a call of several tokens is read in full. An int: it is read through `choose`, so many queries at a time.
 

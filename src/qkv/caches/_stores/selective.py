@@ -3,6 +3,9 @@
 Rows are stored from slot 0 on without their padding, so the slot of a token is its position and blocks lie alike in every row,
 padded or not. What was not chosen is not touched: blocks are gathered by number (on CUDA read in place by a kernel).
 
+A reader may want keys and values in host memory (`Reader.hosted`; page-locked for a GPU): then the index and what a step gathers
+are all that the device holds, and what a call reads in full visits it for the length of that call.
+
 Axes: B batch, H query heads, G key/value heads, A heads that choose (G or H), N queries, S slots, P blocks, C slots of a block,
 K chosen blocks, D head width, E value width.
 """
@@ -45,6 +48,7 @@ class SelectiveCache(Recording):
         self.reader, self.geometry = reader, geometry
         self.block = reader.block()
         self.indexes = not reader.dense(geometry) and type(reader).features is not Reader.features
+        self.hosted = reader.hosted(geometry)
         self.watch: Callable[[Read], None] | None = None
         self.reset()
 
@@ -126,12 +130,13 @@ class SelectiveCache(Recording):
         self._reserve(k, v, max(after))
         assert self.keys is not None and self.values is not None
         for store, new in ((self.keys, k.detach()), (self.values, v.detach())):
+            new = new.to(store.device)
             if self.columns is None:
                 store[:, :, self.seen : self.seen + n] = new
             else:
                 row, column = (place >= 0).nonzero(as_tuple=True)
-                at = place[row, column].to(k.device)
-                row, column = row.to(k.device), column.to(k.device)
+                at = place[row, column].to(store.device)
+                row, column = row.to(store.device), column.to(store.device)
                 store[row, :, at] = new[row, :, column]
         if self.columns is not None:
             room = grown(self.columns.shape[1], max(self.seen + n, self.room))
@@ -146,14 +151,22 @@ class SelectiveCache(Recording):
         c = self.block
         if self.keys is None or self.values is None:
             capacity = -(-max(tokens, self.room) // c) * c
-            self.keys = k.new_zeros((*k.shape[:2], capacity, k.shape[3]))
-            self.values = v.new_zeros((*v.shape[:2], capacity, v.shape[3]))
+            self.keys, self.values = (self._room(x, capacity) for x in (k, v))
             return
         capacity = -(-grown(self.keys.shape[2], tokens) // c) * c
         if capacity != self.keys.shape[2]:
             used = self.keys.shape[2]
-            self.keys, self.values = (resized(x, capacity, used) for x in (self.keys, self.values))
+            for name, old in (("keys", self.keys), ("values", self.values)):
+                setattr(self, name, self._room(old, capacity))
+                getattr(self, name)[:, :, :used] = old
             self.features = {name: resized(x, capacity // c, x.shape[2]) for name, x in self.features.items()}
+
+    def _room(self, like: Tensor, capacity: int) -> Tensor:
+        """Zeros ``[B, G, capacity, .]`` where keys and values lie."""
+        shape = (*like.shape[:2], capacity, like.shape[3])
+        if not self.hosted:
+            return like.new_zeros(shape)
+        return torch.zeros(shape, dtype=like.dtype, pin_memory=like.is_cuda or (like.device.type == "cpu" and like.is_pinned()))
 
     # -- the index ------------------------------------------------------------------------------------------------
 
@@ -173,7 +186,7 @@ class SelectiveCache(Recording):
         recent = self._recent_queries(q, place) if self.reader.wants_queries else None
         if not width:
             return
-        device, b = self.keys.device, len(stop)
+        device, b = q.device, len(stop)
         even = len(set(start)) == 1 and len(set(stop)) == 1
         at = torch.tensor(start)[:, None] + torch.arange(width)  # [B, P'] on the host
         live = None if even else (at < torch.tensor(stop)[:, None]).to(device)
@@ -182,7 +195,7 @@ class SelectiveCache(Recording):
 
         def blocks(x: Tensor) -> Tensor:
             part = x[:, :, start[0] * c : stop[0] * c] if even else _take(x, slot.flatten(2).expand(-1, x.shape[1], -1))
-            return part.reshape(b, x.shape[1], width, c, x.shape[3])
+            return part.to(device).reshape(b, x.shape[1], width, c, x.shape[3])
 
         queries = None if recent is None else recent(slot[:, 0].flatten(1)).reshape(b, -1, width, c, q.shape[3])
         made = self.reader.features(
@@ -293,10 +306,10 @@ class SelectiveCache(Recording):
         if first:
             keys, values = k, v
         elif self.columns is None:
-            keys, values = self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
+            keys, values = (x[:, :, : self.seen].to(k.device) for x in (self.keys, self.values))
         else:
             at = self.columns[:, None, : self.seen].clamp(min=0).long().expand(-1, k.shape[1], -1)
-            keys, values = _take(self.keys, at), _take(self.values, at)
+            keys, values = (_take(x, at).to(k.device) for x in (self.keys, self.values))
             mask = (self.columns[:, None, None, : self.seen] >= 0) if mask is None else mask
         if step.mask is not None:
             mask = step.mask if mask is None else mask & step.mask
@@ -312,15 +325,14 @@ class SelectiveCache(Recording):
             self.watch(Read(None))
         used = max(self.lengths)
         alike = self.columns is None and int(place[0, -1]) + 1 == used  # a window may end before its prompt
-        if step.compute is None and _kernels(q, q.shape[2]):
+        if step.compute is None and not self.hosted and _kernels(q, q.shape[2]):
             return self._decode(q, None if alike else place.to(q.device, torch.int32), step.scale)
         mask = None
         if not alike or q.shape[2] > 1:
             slot = torch.arange(used, device=q.device)
             mask = slot <= place.to(q.device)[:, None, :, None]
-        return (step.compute or sdpa)(
-            q, self.keys[:, :, :used], self.values[:, :, :used], mask=mask, causal=False, scale=step.scale
-        )
+        keys, values = (x[:, :, :used].to(q.device) for x in (self.keys, self.values))
+        return (step.compute or sdpa)(q, keys, values, mask=mask, causal=False, scale=step.scale)
 
     def _decode(self, q: Tensor, position: Tensor | None, scale: float, length: Tensor | None = None) -> Tensor:
         """One token over everything, on CUDA; position int32 ``[B, 1]`` where rows differ, length int32 ``[1]``."""
@@ -338,7 +350,7 @@ class SelectiveCache(Recording):
         """Attention over the chosen blocks alone."""
         self.chosen = selection.index.shape[1] * selection.index.shape[3] * self.block
         moved = type(self.reader).shift is not Reader.shift
-        if view.slot32 is not None and not moved and step.compute is None and self.watch is None:
+        if view.slot32 is not None and not (moved or self.hosted) and step.compute is None and self.watch is None:
             return self._in_place(view, selection)
         selection = selection.plain()
         if moved or self.reader.ordered:
@@ -396,7 +408,8 @@ class SelectiveCache(Recording):
             shift = self.reader.shift(part, listed)
         if self.watch is not None:
             self.watch(Read(listed, shift))
-        keys, values = (self._fetch(x, selection.index) for x in (self.keys, self.values))  # [B, A, M * K * C, .]
+        index = selection.index.to(self.keys.device)
+        keys, values = (self._fetch(x, index).to(q.device) for x in (self.keys, self.values))  # [B, A, M * K * C, .]
         if seen is None:
             keys, values = keys[:, :, : slot.shape[-1]], values[:, :, : slot.shape[-1]]
         if shift is not None:
@@ -426,8 +439,8 @@ class SelectiveCache(Recording):
     # -- captured steps -------------------------------------------------------------------------------------------
 
     def static(self) -> bool:
-        """On CUDA, with room for the token, once the prompt is in and every row is indexed."""
-        if self.keys is None or not self.keys.is_cuda or not self.reader.capturable or self.reader.stateful:
+        """On CUDA, with room for the token, once the prompt is in and every row is indexed; not with keys in host memory."""
+        if self.hosted or self.keys is None or not self.keys.is_cuda or not self.reader.capturable or self.reader.stateful:
             return False
         if (
             self.recording
@@ -577,6 +590,11 @@ class SelectiveCache(Recording):
         held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self._held()}
         return sum(held.values())
 
+    def resident(self) -> int:
+        """See `LayerCache.resident`: without the keys and values that lie in host memory."""
+        away = (self.keys, self.values) if self.hosted else ()
+        return self.bytes() - sum(x.untyped_storage().nbytes() for x in away if x is not None)
+
     def read_bytes(self) -> int:
         """See `LayerCache.read_bytes`: the gathered keys and values and the index that chose them, or everything."""
         if self.keys is None or self.values is None or self.chosen is None:
@@ -620,6 +638,8 @@ class SelectiveCache(Recording):
             return
         copies = {name: x.clone() for name, x in tensors.items()}
         self.keys, self.values = copies["keys"], copies["values"]
+        if self.hosted:
+            self.keys, self.values = (self._room(x, x.shape[2]).copy_(x) for x in (self.keys, self.values))
         self.columns, self.queries = copies.get("columns"), copies.get("queries")
         self.lengths, self.indexed = copies["lengths"].tolist()
         self.seen = max(self.lengths) if self.columns is None else self.columns.shape[1]
@@ -633,7 +653,8 @@ def _kernels(q: Tensor, n: int) -> bool:
 
 
 def _take(x: Tensor, at: Tensor) -> Tensor:
-    """Rows ``[B, G, L]`` of ``[B, G, S, D]``."""
+    """Rows ``[B, G, L]`` of ``[B, G, S, D]``, where the latter lie."""
+    at = at.to(x.device)
     return x.gather(2, at.unsqueeze(-1).expand(*at.shape, x.shape[3]))
 
 
