@@ -28,6 +28,7 @@ from qkv.core.errors import InvalidParameter
 from qkv.core.operator import Operator, OperatorSpec, Wiring
 from qkv.core.spec import param
 from qkv.core.state import State
+from qkv.ops._common.decayed import core_limit, decayed_linear_attention, too_wide
 from qkv.ops._common.states import after, per_head, wide
 
 
@@ -98,6 +99,22 @@ def fast(
     return (out, after("based", initial_state, n, state=end[..., :-1], keys=end[..., -1])) if return_state else out
 
 
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, padding: Tensor | None = None, initial_state: State | None = None,
+    return_state: bool = False, order: int = 2, eps: float = 1e-12, chunk_size: int = 64,
+) -> Any:  # fmt: skip
+    """The same map as linear attention of the features, in the core's kernel; chunk_size shapes `fast` alone."""
+    dtype, n = q.dtype, q.shape[2]
+    q, k, v = (x.to(wide(x)) for x in (q, *per_head(q, k, v)))
+    state, keys = (None, None) if initial_state is None else _memory(q, v, initial_state, order)
+    out, state, keys = decayed_linear_attention(
+        query_features(q, scale, order), key_features(k, order), v, normalise=True, eps=eps, state=state, keys=keys,
+        padding=padding, form="triton",
+    )  # fmt: skip
+    assert keys is not None
+    return (out.to(dtype), after("based", initial_state, n, state=state, keys=keys)) if return_state else out.to(dtype)
+
+
 def initial(q: Tensor, k: Tensor, v: Tensor, *, order: int = 2) -> State:
     """The empty state: zeros in float32 (float64 for float64 inputs)."""
     state, keys = _memory(q, v, None, order)
@@ -151,6 +168,11 @@ def query_features(x: Tensor, scale: float, order: int = 2) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def _limit(q: Tensor, k: Tensor, v: Tensor, *, order: int, **parameters: Any) -> str | None:
+    """As many features as the core takes channels."""
+    return core_limit(q, k, v) or too_wide(features(q.shape[-1], order), v.shape[-1])
+
+
 def _products(x: Tensor) -> Tensor:
     a, b = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device).unbind(0)
     return x[..., a] * x[..., b]
@@ -199,6 +221,8 @@ class Based(Operator):
         loop=loop,
         initial=initial,
         step=step,
+        kernel="qkv.ops.based:fused",
+        kernel_limit=_limit,
         wiring=Wiring(key_width=16),
     )
     order: int = param(2, "terms of the expansion of exp after the constant", low=1, high=2)

@@ -24,6 +24,7 @@ Zhang et al. 2023, ESSAformer: Efficient Transformer for Hyperspectral Image Sup
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor
 from qkv.core.operator import Operator, OperatorSpec
 from qkv.core.spec import param
 from qkv.core.state import State
-from qkv.ops._common.decayed import decayed_linear_attention, one_token
+from qkv.ops._common.decayed import Form, core_limit, decayed_linear_attention, one_token, too_wide
 from qkv.ops._common.states import after, matrix, per_head, wide
 
 FLOOR = 1e-24  # least square of a norm that is divided by
@@ -104,7 +105,7 @@ def fast(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, padding: Tensor | None = None,
     initial_state: State | None = None, return_state: bool = False, key_norm: KeyNorm = "token_l2", order: int = 1,
     value_residual: bool = True, eps: float = 1e-7, chunk_size: int = 64,
-    form: Literal["chunked", "recurrent", "triton"] = "chunked",
+    form: Form = "chunked",
 ) -> Any:  # fmt: skip
     """The same map in O(N D E): keys with values first; causal in chunks. Shapes as in `reference`.
 
@@ -136,9 +137,7 @@ def fast(
     return (out, _state(kv, total[:, :, -1], tokens[:, -1], initial_state, n)) if return_state else out
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Any:
-    """The causal sums in a Triton kernel, in float32; bidirectional there is nothing to fuse beyond two products."""
-    return fast(q, k, v, **call, form="triton")
+fused = partial(fast, form="triton")  # the core's kernel has tiles of its own: chunk_size shapes `fast` alone
 
 
 def initial(q: Tensor, k: Tensor, v: Tensor, *, order: int = 1) -> State:
@@ -153,8 +152,13 @@ def step(
     """One token: q ``[B, H, 1, D]``, k ``[B, G, 1, D]``, v ``[B, G, 1, E]`` -> out ``[B, H, 1, E]``, new state."""
     return fast(
         q, k, v, padding=padding, initial_state=state, return_state=True, key_norm=key_norm, order=order,
-        value_residual=value_residual, eps=eps, form=one_token(q),
+        value_residual=value_residual, eps=eps, form=one_token(q, v),
     )  # fmt: skip
+
+
+def _limit(q: Tensor, k: Tensor, v: Tensor, *, order: int, **parameters: Any) -> str | None:
+    """Each order is as wide as the keys."""
+    return core_limit(q, k, v) or too_wide(order * q.shape[-1], v.shape[-1])
 
 
 def _psi(x: Tensor, eps: float, order: int) -> Tensor:
@@ -221,6 +225,7 @@ class ESSA(Operator):
         initial=initial,
         step=step,
         kernel="qkv.ops.essa:fused",
+        kernel_limit=_limit,
     )
     key_norm: Literal["token_l2"] | None = param(
         "token_l2", "divide each channel of the keys by its norm over the tokens, or not"

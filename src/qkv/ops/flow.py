@@ -27,6 +27,7 @@ Wu et al. 2022, Flowformer: Linearizing Transformers with Conservation Flows, ar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, final
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor
 from qkv.core.operator import Operator, OperatorSpec
 from qkv.core.spec import param
 from qkv.core.state import State
-from qkv.ops._common.decayed import decayed_linear_attention
+from qkv.ops._common.decayed import Form, core_limit, decayed_linear_attention
 from qkv.ops._common.states import after, per_head, wide
 
 
@@ -128,9 +129,12 @@ def loop(
 def fast(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, padding: Tensor | None = None,
     initial_state: State | None = None, return_state: bool = False, eps: float = 1e-6, conserve: bool = True,
-    chunk_size: int = 64,
+    chunk_size: int = 64, form: Form = "chunked",
 ) -> Any:  # fmt: skip
-    """Vector sums, then one linear attention: bidirectional at once, causal by three scans. Shapes as in `reference`."""
+    """Vector sums, then one linear attention: bidirectional at once, causal by three scans. Shapes as in `reference`.
+
+    form: of the causal sums, see `decayed_linear_attention`.
+    """
     dtype, n, m = q.dtype, q.shape[2], k.shape[2]
     k, v = per_head(q, k, v)
     a, b, v = q.to(wide(q)).sigmoid(), k.to(wide(q)).sigmoid(), v.to(wide(q))
@@ -157,7 +161,7 @@ def fast(
     read, gate = a * (i / t).unsqueeze(-1), (_dot(a, kr, eps) / t).sigmoid().unsqueeze(-1)
     values = v * c if conserve else v
     out, kv, _ = decayed_linear_attention(
-        read, b, values, state=s.kv, padding=padding, chunk_size=chunk_size, sub_chunk=chunk_size
+        read, b, values, state=s.kv, padding=padding, form=form, chunk_size=chunk_size, sub_chunk=chunk_size
     )
     out = (gate * out if conserve else out).to(dtype)
     if not return_state:
@@ -165,6 +169,9 @@ def fast(
     k_end, q_end, kr_end, qi_end = (x[:, :, -1] for x in (k_sum, q_sum, kr, qi))
     last = count[:, 0, -1].expand(q.shape[0]).to(s.count)
     return out, _state(Sums(last, kv, k_end, q_end, kr_end, qi_end, total[:, :, -1, 0]), initial_state, n)
+
+
+fused = partial(fast, form="triton")  # the core's kernel has tiles of its own: chunk_size shapes `fast` alone
 
 
 def initial(q: Tensor, k: Tensor, v: Tensor) -> State:
@@ -280,6 +287,8 @@ class Flow(Operator):
         loop=loop,
         initial=initial,
         step=step,
+        kernel="qkv.ops.flow:fused",
+        kernel_limit=core_limit,
     )
     eps: float = param(1e-6, "added to both sides of every product that forms a flow", low=0.0)
     conserve: bool = param(

@@ -19,6 +19,7 @@ Qin et al. 2024, You Only Scan Once: Efficient Multi-dimension Sequential Modeli
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -29,7 +30,7 @@ from qkv.core.errors import InvalidParameter
 from qkv.core.operator import Operator, OperatorSpec, Wiring
 from qkv.core.spec import param
 from qkv.core.state import State
-from qkv.ops._common.decayed import decayed_linear_attention
+from qkv.ops._common.decayed import Form, core_limit, decayed_linear_attention
 from qkv.ops._common.states import after, per_head, wide
 
 EMPTY = -1e30  # z before the first token: finite, so that differences are never inf - inf
@@ -90,9 +91,9 @@ def loop(
 def fast(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = True, padding: Tensor | None = None,
     initial_state: State | None = None, return_state: bool = False, z_init: Start = "empty", chunk_size: int = 64,
-    sub_chunk: int = 16,
+    sub_chunk: int = 16, form: Form = "chunked",
 ) -> Any:  # fmt: skip
-    """Causal: z by a scan, then chunks of decayed linear attention. Bidirectional: one pass. Shapes as in `reference`."""
+    """Causal: z by a scan, then decayed linear attention in this form. Bidirectional: one pass. Shapes as in `reference`."""
     dtype = q.dtype
     q, k, v = (x.to(wide(x)) for x in (q, *per_head(q, k, v)))
     h0, z0 = _memory(q, v, initial_state, z_init)
@@ -105,10 +106,13 @@ def fast(
     before, z = z[:, :, :-1], z[:, :, 1:]
     g = (before - z).clamp(max=0.0).masked_fill(before <= EMPTY / 2, 0.0)  # nothing was there: nothing fades
     out, h, _ = decayed_linear_attention(
-        q, _weights(k, z), v, log_decay=g, scale=scale, state=h0, chunk_size=chunk_size, sub_chunk=sub_chunk
+        q, _weights(k, z), v, log_decay=g, scale=scale, state=h0, form=form, chunk_size=chunk_size, sub_chunk=sub_chunk
     )
     out = out.to(dtype)
     return (out, after("lightnet", initial_state, q.shape[2], state=h, z=z[:, :, -1])) if return_state else out
+
+
+fused = partial(fast, form="triton")  # the core's kernel has tiles of its own: chunk_size shapes `fast` alone
 
 
 def initial(q: Tensor, k: Tensor, v: Tensor, *, z_init: Start = "empty") -> State:
@@ -170,6 +174,8 @@ class LightNet(Operator):
         loop=loop,
         initial=initial,
         step=step,
+        kernel="qkv.ops.lightnet:fused",
+        kernel_limit=core_limit,
         wiring=Wiring(queries=F.silu),
     )
     z_init: Literal["empty", "zero"] = param(

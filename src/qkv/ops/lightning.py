@@ -18,6 +18,7 @@ Qin et al. 2024, Various Lengths, Constant Speed: Efficient Language Modeling wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -28,7 +29,7 @@ from qkv.core.errors import InvalidParameter
 from qkv.core.operator import Operator, OperatorSpec, Wiring
 from qkv.core.spec import Deviation, Limit, param
 from qkv.core.state import State
-from qkv.ops._common.decayed import decayed_linear_attention
+from qkv.ops._common.decayed import Form, core_limit, decayed_linear_attention, one_token, too_wide
 from qkv.ops._common.positions import lrpe, lrpe_angles
 from qkv.ops._common.slopes import decay_slopes
 from qkv.ops._common.states import after, matrix, per_head, wide
@@ -94,7 +95,7 @@ def loop(
 def fast(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, padding: Tensor | None = None, initial_state: State | None = None,
     return_state: bool = False, layer: int = 0, layers: int = 1, slopes: str = "alibi", use_lrpe: bool | None = None,
-    activation: str = "silu", chunk_size: int = 64, form: Literal["chunked", "recurrent"] = "chunked",
+    activation: str = "silu", chunk_size: int = 64, form: Form = "chunked",
 ) -> Any:  # fmt: skip
     """The same map in O(N C); shapes as in `reference`."""
     dtype, turned = q.dtype, _turns(layer, use_lrpe)
@@ -102,6 +103,7 @@ def fast(
     q, k, v, place = _mapped(q, k, v, padding, _start(q, initial_state), turned, activation)
     rate = decay_slopes(q.shape[1], layer, layers, slopes, q.device)  # type: ignore[arg-type]
     start = None if initial_state is None else matrix("lightning", q, v, initial_state)
+    form = one_token(q, v) if form == "recurrent" else form
     out, state, _ = decayed_linear_attention(
         q, k, v, log_decay=None if slopes == "flat" else -rate.to(q), scale=scale, state=start, padding=padding, form=form,
         chunk_size=chunk_size, sub_chunk=chunk_size,
@@ -113,6 +115,9 @@ def fast(
         if return_state
         else out
     )
+
+
+fused = partial(fast, form="triton")  # the core's kernel has tiles of its own: chunk_size shapes `fast` alone
 
 
 def initial(q: Tensor, k: Tensor, v: Tensor, *, layer: int = 0, use_lrpe: bool | None = None) -> State:
@@ -130,6 +135,11 @@ def step(
         q, k, v, scale=scale, padding=padding, initial_state=state, return_state=True, layer=layer, layers=layers,
         slopes=slopes, use_lrpe=use_lrpe, activation=activation, form="recurrent",
     )  # fmt: skip
+
+
+def _limit(q: Tensor, k: Tensor, v: Tensor, *, layer: int, use_lrpe: bool | None, **parameters: Any) -> str | None:
+    """Rotated keys are twice as wide."""
+    return core_limit(q, k, v) or (too_wide(2 * q.shape[-1], v.shape[-1]) if _turns(layer, use_lrpe) else None)
 
 
 def _turns(layer: int, use_lrpe: bool | None) -> bool:
@@ -193,6 +203,8 @@ class Lightning(Operator):
         loop=loop,
         initial=initial,
         step=step,
+        kernel="qkv.ops.lightning:fused",
+        kernel_limit=_limit,
         wiring=Wiring(settings=lambda place: {"layer": place.layer, "layers": place.layers}),
     )
     layer: int = param(0, "number of the layer, from 0", low=0)

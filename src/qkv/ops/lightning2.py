@@ -17,6 +17,7 @@ Qin et al. 2024, Lightning Attention-2, arXiv:2401.04658.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from qkv.core.operator import Operator, OperatorSpec, Wiring
 from qkv.core.spec import Extra, Learnt, Limit, Place, param
 from qkv.core.state import State
-from qkv.ops._common.decayed import decayed_linear_attention
+from qkv.ops._common.decayed import Form, core_limit, decayed_linear_attention, one_token
 from qkv.ops._common.slopes import decay_slopes
 from qkv.ops._common.states import after, matrix, per_head, wide
 
@@ -77,15 +78,18 @@ def loop(
 def fast(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, slopes: Tensor | None = None, padding: Tensor | None = None,
     initial_state: State | None = None, return_state: bool = False, chunk_size: int = 64,
-    mode: Literal["chunk", "recurrent", "quadratic"] = "chunk",
+    mode: Literal["chunk", "recurrent", "quadratic"] = "chunk", form: Form | None = None,
 ) -> Any:  # fmt: skip
-    """The same map in O(N C); shapes as in `reference`."""
+    """The same map in O(N C); shapes as in `reference`. form: of `decayed_linear_attention`, in place of `mode`."""
     start = None if initial_state is None else matrix("lightning2", q, v, initial_state)
     out, state, _ = decayed_linear_attention(
         q, k, v, log_decay=None if slopes is None else -slopes.to(wide(q)), scale=scale, state=start, padding=padding,
-        form=FORMS[mode], chunk_size=chunk_size, sub_chunk=chunk_size,
+        form=form or FORMS[mode], chunk_size=chunk_size, sub_chunk=chunk_size,
     )  # fmt: skip
     return (out, after("lightning2", initial_state, q.shape[2], state=state)) if return_state else out
+
+
+fused = partial(fast, form="triton")  # the core's kernel has tiles of its own: chunk_size shapes `fast` alone
 
 
 def initial(q: Tensor, k: Tensor, v: Tensor, *, slopes: Tensor | None = None) -> State:
@@ -99,8 +103,9 @@ def step(
 ) -> tuple[Tensor, State]:  # fmt: skip
     """One token: q ``[B, H, 1, D]``, k ``[B, G, 1, D]``, v ``[B, G, 1, E]`` -> out ``[B, H, 1, E]``, new state."""
     return fast(
-        q, k, v, scale=scale, slopes=slopes, padding=padding, initial_state=state, return_state=True, mode="recurrent"
-    )
+        q, k, v, scale=scale, slopes=slopes, padding=padding, initial_state=state, return_state=True,
+        form=one_token(q, v),
+    )  # fmt: skip
 
 
 def _sample(*shape: int, **kwargs: Any) -> Tensor:
@@ -137,6 +142,8 @@ class Lightning2(Operator):
         loop=loop,
         initial=initial,
         step=step,
+        kernel="qkv.ops.lightning2:fused",
+        kernel_limit=core_limit,
         extras={
             "slopes": Extra(
                 axes="h",
