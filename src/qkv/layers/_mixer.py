@@ -12,7 +12,7 @@ Axes: B batch, N tokens, W width, H heads, D key width, E value width, S stored 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -179,6 +179,12 @@ def _rotated(x: Tensor, position: Tensor, base: float) -> Tensor:
 # -- what an operator learns --------------------------------------------------------------------------------------
 
 
+def _begun(start: Callable[[Place], Any], place: Place) -> Any:
+    """What an operator's file starts with, made on the CPU: also for a model without storage (the meta device)."""
+    with torch.device("cpu"):
+        return start(place)
+
+
 def _learns(extra: Extra, method: Method) -> bool:
     """Whether a layer makes this extra for a method of these settings."""
     return extra.learnt is not None and (extra.learnt.used is None or extra.learnt.used(method.settings()))
@@ -190,7 +196,7 @@ def _made(who: str, name: str, extra: Extra, width: int, place: Place) -> nn.Mod
     assert learnt is not None
     if learnt.axes not in extra.axes.split("|"):
         raise InvalidParameter(f"{who}: `{name}` is learnt with axes {learnt.axes!r}, but takes {extra.axes}")
-    if not extra.required and callable(learnt.start) and learnt.start(place) is None:
+    if not extra.required and callable(learnt.start) and _begun(learnt.start, place) is None:
         return None
     return Projected(learnt, width, place) if "b" in learnt.axes else Stored(learnt, place)
 
@@ -223,7 +229,7 @@ class Stored(nn.Module):
         super().__init__()
         self.learnt = learnt
         if callable(learnt.start):
-            raw = learnt.start(place).to(torch.get_default_dtype())
+            raw = _begun(learnt.start, place).to(torch.get_default_device(), torch.get_default_dtype())
         else:
             sizes = {"h": place.heads, "g": place.heads, "d": place.key_width, "e": place.value_width}
             raw = torch.full([sizes[a] for a in learnt.axes], float(learnt.start))

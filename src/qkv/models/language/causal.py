@@ -75,7 +75,7 @@ class CausalLM(Saved):
     def __init__(self, config: CausalConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = c = config
-        self.embed = nn.Embedding(c.vocabulary, c.width)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(c.vocabulary, c.width), freeze=False)
         self.blocks = nn.ModuleList()
         for i, method in enumerate(c.methods):
             mixer = Mixer(method, c.width, c.heads, conv=c.conv, layer=i, layers=c.layers, key_width=c.key_width or None,

@@ -81,7 +81,7 @@ class ViT(Saved):
         super().__init__()
         self.config = c = config
         self.patches = nn.Linear(c.channels * c.patch**2, c.width)
-        self.positions = nn.Embedding(c.grid[0] * c.grid[1], c.width)
+        self.positions = nn.Embedding.from_pretrained(torch.empty(c.grid[0] * c.grid[1], c.width), freeze=False)
         self.blocks = nn.ModuleList()
         for i, method in enumerate(c.methods):
             mixer = Mixer(method, c.width, c.heads, causal=False, conv=0, layer=i, layers=c.layers, grid=c.grid,
@@ -91,6 +91,8 @@ class ViT(Saved):
         self.head = nn.Linear(c.width, c.classes)
         if not self.head.weight.is_meta:
             initialise(self, c.layers, seed)
+            with torch.no_grad():
+                self.positions.weight.mul_(3**-0.5 / 0.02)  # as large as the patches of images of variance 1
 
     @staticmethod
     def count(config: ViTConfig) -> int:
