@@ -11,6 +11,7 @@ import torch.utils._python_dispatch
 
 import qkv
 from qkv.core.errors import InvalidInput, InvalidParameter, Refused
+from qkv.layers._agent import AgentAttention
 from qkv.ops.agent import key_bias, maps, query_bias
 from qkv.testing import close
 
@@ -149,3 +150,28 @@ def test_cost_is_linear_in_the_tokens() -> None:
     with Sizes():
         qkv.attention(q, k, v, method="agent:num_agents=4", causal=False)
     assert max(biggest) <= 64 * 8 < 64 * 64, math.isqrt(max(biggest))
+
+
+def test_the_block_keeps_class_tokens_out_of_the_convolution() -> None:
+    torch.manual_seed(0)
+    layer = AgentAttention(12, 3, num_agents=4, grid=(3, 5), prefix=1).double()
+    x = torch.randn(2, 16, 12, dtype=torch.float64)
+    out = layer(x)
+    q, k, v = layer.project(x).unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+    t = layer.tables
+    b1 = key_bias(t["an"], t["ah"], t["aw"], (3, 5), t["ac"])
+    b2 = query_bias(t["na"], t["ha"], t["wa"], (3, 5), t["ca"])
+    y = layer.operator(q, k, v, causal=False, bias_keys=b1, bias_queries=b2).transpose(1, 2).flatten(2)
+    close(out[:, 0], layer.out(y[:, 0]), rtol=1e-9, what="class token")
+    field = v[:, :, 1:].transpose(1, 2).flatten(2).mT.unflatten(-1, (3, 5))
+    conv = F.conv2d(field, layer.conv.weight, layer.conv.bias, padding=1, groups=12).flatten(2).mT
+    close(out[:, 1:], layer.out(y[:, 1:] + conv), rtol=1e-9, what="patches")
+    assert layer(torch.randn(1, 1 + 6 * 7, 12, dtype=torch.float64), (6, 7)).shape == (1, 43, 12)
+    out.sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    line = AgentAttention(12, 3, num_agents=4).double()
+    assert line(x).shape == x.shape and not line.tables
+    with pytest.raises(InvalidInput, match="cannot take grid"):
+        line(x, (4, 4))
+    with pytest.raises(InvalidParameter, match="stand before a grid"):
+        AgentAttention(12, 3, prefix=1)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import qkv
 from qkv.core.errors import InvalidInput, InvalidParameter, Refused
+from qkv.layers._soft import SoftAttention
 from qkv.ops.soft import gaussian_attention, kernel, newton_inverse, newton_residual
 from qkv.testing import close
 
@@ -128,3 +129,29 @@ def test_state_is_one_row_for_each_landmark() -> None:
     marks = torch.randn(H, 7, D, dtype=torch.float64)
     _, state = qkv.attention(q, k, v, method="soft", landmarks=marks, return_state=True)
     assert state.bytes == 8 * B * H * 7 * E
+
+
+def test_the_block_ties_keys_and_shares_its_landmarks_convolution() -> None:
+    torch.manual_seed(0)
+    layer = SoftAttention(12, 3, ratio=2, conv=3).double()
+    x = torch.randn(2, 24, 12, dtype=torch.float64)
+    out = layer(x, (4, 6))
+    q, v = (y.unflatten(-1, (3, 4)).transpose(1, 2) for y in (layer.query(x), layer.value(x)))
+    heads = []
+    for h in range(3):
+        field = (q[:, h] / 4**0.25).mT.unflatten(-1, (4, 6))
+        marks = F.gelu(layer.norm(layer.landmarks(field).flatten(2).mT)) * 4**0.25
+        assert marks.shape == (2, 6, 4)
+        y = qkv.attention(
+            q[:, h : h + 1], q[:, h : h + 1], v[:, h : h + 1], method="soft", causal=False, landmarks=marks[:, None]
+        )
+        picture = v[:, h].mT.unflatten(-1, (4, 6)).reshape(-1, 1, 4, 6)
+        local = F.conv2d(picture, layer.kernels[h : h + 1], padding=1).reshape(2, 4, 24).mT
+        heads.append(y[:, 0] + local)
+    close(out, layer.out(torch.cat(heads, -1)), rtol=1e-9)
+    out.sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    with pytest.raises(InvalidInput, match="no square of side 2"):
+        layer(x, (1, 24))
+    with pytest.raises(InvalidParameter, match="odd"):
+        SoftAttention(12, 3, conv=4)

@@ -6,8 +6,8 @@ n agents A ``[B, H, n, D]``: given, or the queries averaged along the sequence, 
 (a class token, `prefix`, is query and key but is not pooled). The map P2 P1 is row-stochastic, of rank <= n: linear attention
 with the features softmax(s Q A^T) and softmax(s A K^T). `maps` gives both factors, `key_bias` and `query_bias` make B1 and B2
 from the published tables. The 3 x 3 depthwise convolution of the values that vision models add after it belongs to the
-layer. Without training inside diffusion models (AgentSD): ``second_power=0.3, value_shortcut=0.075``, agents merged from the
-block's input, and exact attention where 2 n >= N.
+layer (`qkv.layers._agent.AgentAttention`). Without training inside diffusion models (AgentSD): ``second_power=0.3``,
+``value_shortcut=0.075``, agents merged from the block's input, and exact attention where 2 n >= N.
 
 Agents that are pooled see every query: without `agents` given there is no causal form. Given (learnt, or from a prompt), agent
 n at time t is the average of the values so far, by a softmax over the keys so far (our completion). State: these averages

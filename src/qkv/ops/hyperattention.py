@@ -34,7 +34,7 @@ from torch import Tensor
 from qkv.core.attend import sdpa
 from qkv.core.errors import Refused
 from qkv.core.merge import merge
-from qkv.core.operator import Operator, OperatorSpec
+from qkv.core.operator import Operator, OperatorSpec, Wiring
 from qkv.core.spec import Limit, param
 from qkv.ops._common.fused import attend_lse
 from qkv.ops._common.states import per_head, wide
@@ -471,6 +471,7 @@ class HyperAttention(Operator):
         reference=reference,
         fast=fast,
         loop=loop,
+        wiring=Wiring(rotary=True),
     )
     block_size: int = param(256, "keys of a block", low=1)
     sample_size: int = param(256, "keys sampled, with replacement, to stand for those outside the block", low=1)
