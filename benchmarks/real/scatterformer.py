@@ -152,7 +152,7 @@ def main() -> None:
     times = 1 if a.quick else 20
     table = [
         uneven("edges of photographs in windows", *edges(photos(a.device), 1 if a.quick else 12), times),
-        uneven("paragraphs of plays", *paragraphs(a.device, 2000 if a.quick else 200_000), times),
+        uneven("paragraphs of plays", *paragraphs(a.device, 2000 if a.quick else 100_000), times),
     ]
     steps, rows, held = (2, 4, 8) if a.quick else (300, 128, 5000)
     right = {n: classified(fashion(a.device), n == "with", steps, rows, held) for n in ("with", "without")}

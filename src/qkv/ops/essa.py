@@ -214,7 +214,7 @@ class ESSA(Operator):
         shown="On a real image whose pixels are scaled and shifted one by one the attention stays, where dot products change; "
         "a small super-resolution network with it beats bicubic interpolation.",
         honest="A spectrum and its negative look the same, no row is normalised, and what a token reads depends on how many "
-        "tokens there are.",
+        "tokens there are; checked on stacked bands of colour photographs, no package holding a hyperspectral cube.",
         trials=({}, {"chunk_size": 5}, {"key_norm": None, "value_residual": False}, {"order": 2, "chunk_size": 4}),
         causal="both",
         cross=False,

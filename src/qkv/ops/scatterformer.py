@@ -242,7 +242,7 @@ class ScatterFormer(Operator):
         shown="On real points in windows with skewed counts: the outputs of padded batches with memory smaller by about what "
         "padding wastes.",
         honest="Nothing passes between segments but through neighbours or other layers, and ReLU features may leave a query "
-        "with nothing to read.",
+        "with nothing to read; checked on edges of photographs and paragraphs, no package holding a street's point cloud.",
         trials=({}, {"tile": 4}, {"feature_map": "elu1", "tile": 5}),
         causal="never",
         cross=False,
