@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qkv.core.errors import InvalidParameter, TrainingError
+from qkv.core.errors import InvalidParameter, QKVError, TrainingError
 
 Batch = Callable[[int], Sequence[Tensor]]
 
@@ -104,7 +104,7 @@ def _captured(
     try:
         with torch.cuda.graph(graph):
             value = one(static)
-    except RuntimeError as error:
+    except (RuntimeError, QKVError) as error:
         torch.cuda.synchronize(device)
         return None, "cannot be captured: " + str(error).splitlines()[0][:120]
 

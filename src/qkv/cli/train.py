@@ -131,7 +131,7 @@ def _images(name: str, patch: int) -> Any:
     def make(operators: tuple[str, ...], sizes: dict[str, int], parameters: int | None, seed: int) -> Any:
         shape = found.train.shape[1:]
         more = {"size": (shape[1], shape[2]), "channels": shape[0], "patch": patch,
-                "classes": int(torch.unique(found.train_labels).numel())}  # fmt: skip
+                "classes": 1 + int(torch.cat((found.train_labels, found.held_labels)).max())}  # fmt: skip
         config = ViTConfig(operators=operators, **sizes, **more)  # type: ignore[arg-type]
         return ViT(config if parameters is None else config.fitted(parameters), seed), data, evaluate
 
