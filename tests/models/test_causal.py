@@ -28,7 +28,8 @@ from qkv.core.errors import (
 )
 from qkv.core.state import State
 from qkv.distill import train
-from qkv.layers._mixer import Mixer, check_mixing
+from qkv.layers import _mixer as mixing
+from qkv.layers._mixer import Mixer, Window, check_mixing
 from qkv.models import saved_kind
 from qkv.models.language.causal import CausalConfig, CausalLM
 from qkv.models.language.generating import generate, prefill, stream
@@ -498,3 +499,44 @@ def test_the_quick_loop_learns_pairs_and_text() -> None:
     assert not done.captured and done.reason == "no CUDA device"
     with pytest.raises(TrainingError, match="lower the rate"):
         fit(net, lambda *b: torch.inf * net.loss(*b), lambda i: random_windows(data, 8, 8, draw), 1)
+
+
+# -- the laws catch a broken mixer
+
+
+def _no_tail(mixer: Mixer, x: Tensor, held: Any) -> Any:
+    return CONVOLVED(mixer, x, None)
+
+
+def _no_position(padding: Any, x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1]).expand(x.shape[:2])
+
+
+def _unblanked(mixer: Mixer, x: Tensor, *, padding: Any = None, **more: Any) -> Any:
+    return FORWARD(mixer, x, padding=None, **more)
+
+
+def _short_ring(self: Any, k: Tensor, v: Tensor, padding: Any, position: Tensor, held: Any) -> Any:
+    out = AFTER(self, k, v, padding, position, held)
+    return out | {"place": out["place"].masked_fill(out["place"] == position[:, -1:], -1)}  # forgets the newest token
+
+
+CONVOLVED, FORWARD, AFTER = Mixer._convolved, Mixer.forward, Window._after
+WINDOWS = ("sliding-window:window=4,sinks=2",)
+
+
+@pytest.mark.parametrize(
+    ("place", "mutant", "law", "operators"),
+    [
+        ((Mixer, "_convolved"), _no_tail, test_prefill_and_steps_are_the_whole, ("gla",)),
+        ((Mixer, "forward"), _unblanked, test_a_padded_row_is_the_row_alone, ("gla",)),
+        ((mixing, "_count"), _no_position, test_a_padded_row_is_the_row_alone, WINDOWS),
+        ((Window, "_after"), _short_ring, test_prefill_and_steps_are_the_whole, WINDOWS),
+    ],
+    ids=["conv tail lost", "padding seen", "padding counted", "ring too short"],
+)
+def test_a_law_catches(place: Any, mutant: Any, law: Any, operators: Any, monkeypatch: Any) -> None:
+    law(operators)
+    monkeypatch.setattr(*place, mutant)
+    with pytest.raises(AssertionError):
+        law(operators)
