@@ -365,6 +365,17 @@ def test_convert_heals_on_request(qkv_command, folder, book, tmp_path):
     assert (tmp_path / "b-healing" / "student" / "qkv.json").is_file()
 
 
+def test_a_conversion_that_trains_keeps_nothing_but_its_result(qkv_command, folder, book, tmp_path):
+    setting = "lolcats:window=8,feature_dim=4,transfer=1,tune=1,lora_rank=2"
+    arguments = ["convert", folder, "-m", setting, "--out", "l", "--text", book, "--rows", "4", "--tokens", "32"]
+    code, out, err = qkv_command(*arguments)
+    assert code == 0, err
+    assert "qkv.load('l')" in out and not (tmp_path / "l-training").exists()
+    model = qkv.load(tmp_path / "l")
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
+
+
 MINILM = "minilm:relation_heads=4,kv_relation_heads=2"
 
 

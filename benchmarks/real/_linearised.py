@@ -23,6 +23,7 @@ from qkv.bench.record import Figure, record
 from qkv.convert._common.linearise import Linearisation
 from qkv.convert._common.training import Keeper
 from qkv.core.conversion import Lessons
+from qkv.hosts import graph as graphs
 
 ROW, BATCH, STEPS = 1024, 8, 100
 LENGTHS = ((1024, 32), (4096, 8), (8192, 4))  # tokens of a held-out window, windows
@@ -169,30 +170,49 @@ class Study:
         clock(f"bytes {bytes_at}, {full} in a plain cache", self.since)
         self.generate(ids[:, : self.marks[0]], seconds)
 
-    @torch.no_grad()
     def generate(self, prompt: Tensor, seconds: float) -> None:
-        """Greedy decoding for at most `seconds`, or up to the last mark: bytes and milliseconds a token as it goes on."""
+        """Greedy decoding, plainly for a moment, then (on CUDA) as a graph for `seconds` or up to the last mark."""
+        plain = self.decode(prompt, "decoding", min(seconds, 5.0))
+        if self.model.device.type != "cuda":
+            return
+        session = self.model.__dict__["_qkv"]
+        session.graph = graphs.install(session)
+        fast = self.decode(prompt, "decoding as a graph", seconds)
+        session.graph.remove()
+        session.graph = None
+        same = sum(a == b for a, b in zip(plain, fast, strict=False)) / len(plain)
+        self.figures.append(
+            Figure("tokens of the graph equal to plain decoding", round(same, 4), "", f"of {len(plain)}")
+        )
+        self.write()
+
+    @torch.no_grad()
+    def decode(self, prompt: Tensor, name: str, seconds: float) -> list[int]:
+        """Generated tokens; bytes held and milliseconds a token as it goes on."""
         model = self.model
-        out = model(prompt, use_cache=True, logits_to_keep=1)
-        cache, token, done = out.past_key_values, out.logits[:, -1:].argmax(-1), prompt.shape[1]
+        out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        cache, token, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1), []
         start, sizes = time.perf_counter(), set()
-        while done < self.marks[-1] and time.perf_counter() - start < seconds:
+        while len(tokens) < self.marks[-1] and time.perf_counter() - start < seconds:
+            some = []
             for _ in range(32):
-                out = model(token, past_key_values=cache, use_cache=True)
+                some.append(token)
+                out = model(input_ids=token, past_key_values=cache, use_cache=True)
                 token = out.logits[:, -1:].argmax(-1)
-            done += 32
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            sizes.add(qkv.report(model).bytes)
-        each = 1000 * (time.perf_counter() - start) / max(1, done - prompt.shape[1])
-        note = f"after a prompt of {prompt.shape[1]}, one row"
+            tokens += torch.cat(some, 1)[0].tolist()
+            sizes.add(sum(layer.memory.bytes() for layer in cache.layers))
+        each = 1000 * (time.perf_counter() - start) / max(1, len(tokens))
+        note = f"after a prompt of {prompt.shape[1]}, one row, {self.a.dtype}"
         self.figures += [
-            Figure("tokens generated, the memory the same after each 32", done - prompt.shape[1], "", note),
-            Figure("sizes of the memory meanwhile", len(sizes), "", f"{sorted(sizes)[-1]} bytes" if sizes else ""),
-            Figure("decoding", round(each, 2), "ms/token", note),
+            Figure(f"tokens generated, {name}", len(tokens), "", note),
+            Figure(
+                f"sizes of the memory meanwhile, {name}", len(sizes), "", f"bytes: {', '.join(map(str, sorted(sizes)))}"
+            ),
+            Figure(name, round(each, 2), "ms/token", note),
         ]
         self.write()
-        clock(f"{done - prompt.shape[1]} tokens generated at {each:.2f} ms, memory {sorted(sizes)}", self.since)
+        clock(f"{name}: {len(tokens)} tokens at {each:.2f} ms, memory {sorted(sizes)}", self.since)
+        return tokens
 
     # -- a hidden number ----------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from qkv.core.attend import sdpa
 from qkv.ops._common.decayed import decayed_linear_attention
 
+WIDEST = 256  # channels of a head that the kernel of decaying linear attention holds
 Gate = Literal["none", "scalar", "feature"]
 
 
@@ -141,8 +142,10 @@ def far(
         decay = gate[:, :, p:].repeat_interleave(r, 1)
         decay = decay.squeeze(-1) if decay.shape[-1] == 1 else decay
     start = None if state is None else state.repeat_interleave(r, 1)
-    form = "triton" if features.is_cuda and features.dtype != torch.float64 else "chunked"
-    out, after, _ = decayed_linear_attention(features, entering, values, log_decay=decay, state=start, form=form)
+    fits = features.is_cuda and features.dtype == torch.float32 and max(features.shape[-1], values.shape[-1]) <= WIDEST
+    out, after, _ = decayed_linear_attention(
+        features, entering, values, log_decay=decay, state=start, form="triton" if fits else "chunked"
+    )
     return out, after[:, ::r]
 
 
