@@ -30,13 +30,14 @@ def test_toeplitz_products_equal_the_matrix() -> None:
         n = torch.tensor(grid).prod().item()
         lags = (2 * torch.tensor(grid) - 1).prod().item()
         table, x = _normal(3, lags), _normal(2, 3, n, 4, seed=1)
-        close(toeplitz(table, x, grid), table[:, offsets(grid)] @ x, rtol=1e-12, atol=1e-12, what=str(grid))
-    kernel, x = _normal(3, 10), _normal(2, 3, 4, 5, 2, seed=1)
+        close(toeplitz(table, x.mT, grid).mT, table[:, offsets(grid)] @ x, rtol=1e-12, atol=1e-12, what=str(grid))
+    kernel, x = _normal(3, 10), _normal(2, 3, 4, 2, 5, seed=1)
     lag = 5 + torch.arange(5)[:, None] - torch.arange(5)
-    close(lagged(kernel, x), kernel[:, None, lag] @ x.transpose(0, 0), rtol=1e-12, atol=1e-12, what="the later half")
+    want = torch.einsum("hij,bhfcj->bhfci", kernel[:, lag], x)
+    close(lagged(kernel, x), want, rtol=1e-12, atol=1e-12, what="the later half")
     assert [fast_length(n) for n in (1, 2, 7, 13, 59)] == [2, 2, 8, 16, 60]
     with pytest.raises(InvalidInput, match="expected 7 and 13"):
-        toeplitz(_normal(3, 12), _normal(2, 3, 7, 4), (7,))
+        toeplitz(_normal(3, 12), _normal(2, 3, 4, 7), (7,))
 
 
 @pytest.mark.parametrize("causal", [True, False])

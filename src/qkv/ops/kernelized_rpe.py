@@ -337,21 +337,17 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
     return ((q @ k.mT) * weights) @ v
 
 
-def _columns(k: Tensor, v: Tensor, size: int) -> list[tuple[Tensor, int]]:
-    """Outer products phi(k) v^T ``[B, H, N, F s]``, some columns of v at a time, and their number s."""
-    return [((k.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2), x.shape[-1]) for x in v.split(size, -1)]
-
-
-def _read(q: Tensor, y: Tensor, columns: int) -> Tensor:
-    """phi(q) . Y: ``[..., F]`` and ``[..., F s]`` -> ``[..., s]``."""
-    return (q.unsqueeze(-2) @ y.unflatten(-1, (-1, columns))).squeeze(-2)
+def _columns(k: Tensor, v: Tensor, size: int) -> list[Tensor]:
+    """Outer products phi(k) v^T ``[B, H, F, s, N]``, s columns of v at a time, tokens last."""
+    return [k.mT.unsqueeze(3) * x.mT.unsqueeze(2) for x in v.split(size, -1)]
 
 
 def _by_fft(q: Tensor, k: Tensor, v: Tensor, table: Tensor, grid: tuple[int, ...], chunk: int, columns: int) -> Tensor:
     """Every distance at once; short ones as a whole map."""
     if q.shape[2] <= chunk:
         return _dense(q, k, v, table[:, offsets(grid, q.device)])
-    return torch.cat([_read(q, toeplitz(table, x, grid), s) for x, s in _columns(k, v, columns)], -1)
+    sums = [toeplitz(table, x.flatten(2, 3), grid).unflatten(2, x.shape[2:4]) for x in _columns(k, v, columns)]
+    return torch.cat([(q.mT.unsqueeze(3) * y).sum(2) for y in sums], 2).mT
 
 
 def _by_halves(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, reach: int, chunk: int, columns: int) -> Tensor:
@@ -367,12 +363,11 @@ def _by_halves(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, reach: int, chu
     out = _dense(own_q, own_k, own_v, near.unsqueeze(1)).flatten(2, 3)
     outer = _columns(k, v, columns) if whole > size else []
     while size < whole:
-        late = q.unflatten(2, (-1, 2, size))[:, :, :, 1]
-        early = [(x.unflatten(2, (-1, 2, size))[:, :, :, 0], s) for x, s in outer]
-        more = torch.cat(
-            [_read(late, lagged(past[:, : 2 * size], x), s) for x, s in early], -1
-        )  # [B, H, blocks, size, E + 1]
-        out = out + F.pad(more.unsqueeze(3), (0, 0, 0, 0, 1, 0)).flatten(2, 4)
+        late = q.mT.unflatten(-1, (-1, 2, size))[..., 1, :].unsqueeze(3)  # [B, H, F, 1, blocks, size]
+        early = [x.unflatten(-1, (-1, 2, size))[..., 0, :] for x in outer]
+        sums = [lagged(past[:, : 2 * size], x.flatten(2, 3)).unflatten(2, x.shape[2:4]) for x in early]
+        more = torch.cat([(late * y).sum(2) for y in sums], 2).unsqueeze(-2)  # [B, H, E + 1, blocks, 1, size]
+        out = out + F.pad(more, (0, 0, 1, 0)).flatten(3).mT
         size *= 2
     return out[:, :, :n]
 
