@@ -53,7 +53,8 @@ def relit(images: dict[str, Tensor]) -> list[dict[str, Any]]:
 
 
 class Rounds(nn.Module):
-    """A small ESSAformer: up, ESSA, down, ESSA and so on, one unit for each of the two sizes, on top of bicubic interpolation.
+    """A small ESSAformer: up, ESSA, down, ESSA and so on, one unit for each of the two sizes, on top of bicubic interpolation,
+    which it starts as.
 
     `attend`: False replaces what the attention read by zeros (the mixers stay, so do their weights).
     """
@@ -64,6 +65,8 @@ class Rounds(nn.Module):
         self.first, self.last = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 3, 3, padding=1)
         self.raise_, self.lower = nn.Conv2d(width, 4 * width, 3, padding=1), nn.Conv2d(width, width // 4, 3, padding=1)
         self.high, self.low = unit.build(width), unit.build(width)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
         if not attend:
             for one in (self.high, self.low):
                 one.attn.forward = torch.zeros_like  # type: ignore[method-assign]
