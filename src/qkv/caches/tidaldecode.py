@@ -11,8 +11,9 @@ used by another step. Logits are compared before the softmax, per query head; ``
 group, so that keys and values are read once.
 
 The own token is always read (the paper's code lets the top-k decide). A site that stands alone, with no layer below to choose
-for it, chooses for itself. Left out: the paper's optional repair of the cache (every so many tokens they are run again densely),
-which needs the model, not the cache.
+for it, chooses for itself. ``correct_every=T`` is the paper's repair of the cache: after T decoded tokens the host takes them
+back and runs them again in one call, which reads everything, so that their keys and values are those of the full model (given
+what precedes them); off by default. Outside a host nothing is run again.
 
 Axes: B batch, H query heads, G key/value heads, M keys, D head width. Paper: arXiv:2410.05076.
 """
@@ -72,6 +73,7 @@ class TidalDecode(Reader):
     dense_layers: int = param(2, "first layers that read everything; the next one chooses", low=0)
     reselect: int | None = param(None, "layer that chooses anew; None: two fifths of the depth", low=0)
     share: Literal["query_head", "kv_head"] = param("query_head", "which heads choose tokens of their own")
+    correct_every: int | None = param(None, "decoded tokens that are run again densely together; None: never", low=1)
 
     capturable: ClassVar[bool] = True
 
@@ -86,6 +88,10 @@ class TidalDecode(Reader):
         """Whether this layer reads everything and writes down what the next ones read."""
         again = round(0.4 * geometry.layers) if self.reselect is None else self.reselect
         return geometry.layer in (self.dense_layers, again) and geometry.layer >= self.dense_layers
+
+    def repairs(self) -> int | None:
+        """See `CacheMethod.repairs`."""
+        return self.correct_every
 
     def dense(self, geometry: Geometry) -> bool:
         """The first layers."""

@@ -268,6 +268,10 @@ class CacheMethod(Method):
         """None, or the reason why a site of this geometry cannot be served (no side effect)."""
         return None
 
+    def repairs(self) -> int | None:
+        """Decoded tokens after which the host takes them back and runs them again in one call that reads everything, or None."""
+        return None
+
     def sees(self, geometry: Geometry, query: Tensor, position: Tensor) -> Tensor | None:
         """By definition, what a block's queries ``[B, N]`` may see of tokens ``[B, G, S]`` beyond causality: bool
         ``[B, G, N, S]``, or None for all that is stored and all of the block.

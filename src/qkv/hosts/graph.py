@@ -31,6 +31,8 @@ def install(session: Any) -> Graphs:
     model = session.model
     if next(model.parameters()).device.type != "cuda":
         raise Refused("graph=True needs the model on a CUDA device; leave it out here")
+    if session.repair is not None:
+        raise Refused("graph=True: a method runs its decoded tokens again every so often, which is not static; set that off")
     for site in session.sites:
         state = session.states[site.name]
         if not site.cached:

@@ -29,6 +29,7 @@ class QKVLayer(DynamicLayer):
         super().__init__()
         self.memory, self.state = memory, state
         self.running = Running()
+        self.decoded: Tensor | None = None  # [B, n] ids of the newest tokens, where they will be run again
         self.record_past = False
         self.is_initialized = True
 
@@ -65,11 +66,13 @@ class QKVLayer(DynamicLayer):
         if tokens_to_remove > 0:
             raise InvalidInput(f"crop takes the number of tokens to remove as a negative count, got {tokens_to_remove}")
         self.running.crop(-tokens_to_remove)
+        self.decoded = None
         self.memory.crop(-tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything."""
         self.running.reset()
+        self.decoded = None
         self.memory.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -89,6 +92,8 @@ class QKVLayer(DynamicLayer):
 
     def _select(self, rows: Tensor) -> None:
         self.running.select(rows)
+        if self.decoded is not None:
+            self.decoded = self.decoded.index_select(0, rows.to(self.decoded.device))
         self.memory.select(rows)
 
     def offload(self) -> None:
@@ -102,7 +107,7 @@ class QKVLayer(DynamicLayer):
     def __deepcopy__(self, memo: dict[int, Any]) -> QKVLayer:
         """A copy with a memory of its own at the same site of the same model."""
         twin = QKVLayer(copy.deepcopy(self.memory, memo), self.state)
-        twin.running, twin.record_past = self.running.copy(), self.record_past
+        twin.running, twin.record_past, twin.decoded = self.running.copy(), self.record_past, self.decoded
         return twin
 
 

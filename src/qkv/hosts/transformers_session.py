@@ -20,6 +20,7 @@ from qkv.core.site import Site
 from qkv.hosts.stack import Entry, SiteState
 from qkv.hosts.transformers_attention import ATTRIBUTE, NAME, register
 from qkv.hosts.transformers_cache import QKVLayer
+from qkv.hosts.transformers_repair import Repairs
 from qkv.hosts.transformers_sites import find_sites
 
 
@@ -36,6 +37,7 @@ class Session:
         self.states: dict[str, SiteState] = {}
         self.base: str | None = None
         self.graph: Any = None
+        self.repair: Repairs | None = None
         self.room = 0  # tokens to reserve for in a new cache (graphs need static shapes)
         self.now: Any = None  # set while a decoding step is captured (see hosts/graph.py)
         self._positions: tuple[Any, int, int, Tensor] | None = None
@@ -76,6 +78,8 @@ class Session:
         """Put every reference back."""
         if self.graph is not None:
             self.graph.remove()
+        if self.repair is not None:
+            self.repair.remove()
         for handle in self.handles:
             handle.remove()
         self.model.__dict__.pop("_prepare_cache_for_generation", None)

@@ -18,6 +18,7 @@ from qkv.core.steering import Steering
 from qkv.hosts import stack
 from qkv.hosts.stack import Entry, Plan, SiteState, Verdict
 from qkv.hosts.transformers_attention import ATTRIBUTE
+from qkv.hosts.transformers_repair import Repairs
 from qkv.hosts.transformers_session import Session
 from qkv.hosts.transformers_sites import find_sites
 
@@ -82,7 +83,7 @@ class Snapshot:
         self.session = session
         self.entries = list(session.entries)
         self.swapped = len(session.swapped)
-        self.sites, self.objects = session.sites, dict(session.states)
+        self.sites, self.objects, self.repair = session.sites, dict(session.states), session.repair
         self.states = {
             n: (s.operator, s.pattern, s.cache, list(s.steering), s.applied) for n, s in session.states.items()
         }
@@ -96,6 +97,9 @@ class Snapshot:
         for parent, child, module in reversed(session.swapped[self.swapped :]):
             setattr(parent, child, module)
         del session.swapped[self.swapped :]
+        if session.repair is not self.repair and session.repair is not None:
+            session.repair.remove()
+            session.repair = self.repair
         session.entries, session.sites, session.states = self.entries, self.sites, self.objects
         for name, state in session.states.items():
             operator, pattern, cache, steering, applied = self.states.get(name, (None, None, None, [], False))
@@ -116,6 +120,8 @@ def enter(session: Session, method: Method, where: Any, data: Any) -> None:
         state.applied = True
         if isinstance(method, CacheMethod):
             state.cache = method
+            if (every := method.repairs()) is not None and session.repair is None:
+                session.repair = Repairs(session, every)
         elif isinstance(method, Pattern):
             state.pattern = method
         elif isinstance(method, Operator):
