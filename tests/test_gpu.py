@@ -17,7 +17,8 @@ METHODS = [
     "full", "window:budget=9", "streamingllm:sinks=2,window=7", "streamingllm:sinks=2,window=7,positions=original",
     "h2o:budget=9", "h2o:budget=0.4", "tova:budget=9", "knorm:budget=9", "snapkv:budget=9,window=4,kernel=3",
     "snapkv:budget=9,window=4,kernel=3,decode=evict", "lazyeviction:budget=9,window=4,sinks=2", "kvcrush:budget=9",
-    "kivi:bits=4,group=8,residual=16",
+    "kivi:bits=4,group=8,residual=16", "zipcache:regroup_every=16", "zipvl:regroup_every=16",
+    "evict-pack:policy=knorm,budget=9,regroup_every=16",
 ]  # fmt: skip
 OTHERS = [s.id for s in registry.methods(kind="cache") if s.id not in {m.split(":")[0] for m in METHODS}]
 
