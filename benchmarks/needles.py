@@ -28,8 +28,11 @@ from typing import Any
 import torch
 
 KEEP = 0.25
-OURS = ("full", "window:budget=0.25", "knorm:budget=0.25", "knorm:budget=0.25,decode=grow", "tova:budget=0.25", "snapkv:budget=0.25", "pyramidkv:budget=0.25",
-        "h2o:budget=0.25", "adakv:budget=0.25", "kvcrush:budget=0.25")  # fmt: skip
+OURS = (
+    "full",
+    *(f"{id}:budget=0.25" for id in ("window", "knorm", "tova", "snapkv", "pyramidkv", "h2o", "adakv", "kvcrush")),
+    "knorm:budget=0.25,decode=grow",
+)
 ANSWER = 10
 
 
