@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 
 import qkv
+from interpreter import CUDA, DEVICE, HERE, INTERPRETED, direct, interpreted
 from qkv.core.errors import InvalidInput, Refused
 from qkv.ops._common.decayed import Decayed, decayed_linear_attention
 
 triton = pytest.importorskip("triton")
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-direct = pytest.mark.skipif(
-    not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="run through the interpreter"
-)
 
 
 def test_decayed_kernels_are_checked_through_the_interpreter() -> None:
     """The checks below, in a process of their own: the interpreter is chosen when Triton is imported."""
-    if CUDA or os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the checks run directly here")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    interpreted(__file__)
 
 
-@pytest.mark.skipif(CUDA or os.environ.get("TRITON_INTERPRET") == "1", reason="the kernel can run here")
+@pytest.mark.skipif(HERE, reason="the kernel can run here")
 def test_a_kernel_that_cannot_run_says_why() -> None:
     x = torch.randn(1, 2, 5, 8)
     with pytest.raises(Refused, match="run on CUDA devices; q lies on cpu"):
@@ -87,7 +71,7 @@ class Case:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 tokens: several of them in a short sequence."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         from qkv.kernels import decayed
 
         monkeypatch.setattr(decayed, "CHUNK", 16)
@@ -96,7 +80,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 in the interpreter as on a device: rounded to nearest (it cuts), multiplied as numbers (it takes their bits)."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not INTERPRETED:
         return
     import numpy as np
     import triton.language as tl

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
@@ -14,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from interpreter import CUDA, DEVICE, HERE, interpreted
 from qkv.caches import knorm, lazyeviction, pyramidkv, snapkv, tova
 from qkv.caches._stores import ranked
 from qkv.caches.h2o import H2O
@@ -303,9 +301,6 @@ def test_bad_settings_are_refused(cls: type[Method], bad: dict[str, Any]) -> Non
 
 # -- what a captured step runs ------------------------------------------------------------------------------------------
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-
 
 def _place(keys, values, position, state, slot, k, v, new) -> None:
     for x, y in ((keys, k), (values, v)):
@@ -398,27 +393,8 @@ def _ready(layer: Any) -> bool:
 
 def test_the_kernel_frees_nothing_where_a_row_idles() -> None:
     pytest.importorskip("triton")
-    if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-k",
-                "kernel_frees",
-                __file__,
-            ],
-            env=os.environ | {"TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    if not HERE:
+        assert "1 passed" in interpreted(__file__, "kernel_frees")
         return
     from qkv.kernels.slots import free
 

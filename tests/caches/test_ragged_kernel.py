@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from interpreter import DEVICE, direct, interpreted
+
 triton = pytest.importorskip("triton")
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-direct = pytest.mark.skipif(
-    not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="run through the interpreter"
-)
 
 
 def test_the_kernel_is_checked_through_the_interpreter() -> None:
-    if CUDA or os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the checks run directly here")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    interpreted(__file__)
 
 
 @direct
