@@ -253,7 +253,7 @@ def main() -> None:
     unknown = [n for n in a.operators or () if n not in named]
     if unknown:
         raise SystemExit(f"no operators {', '.join(unknown)}; there are {', '.join(named)}")
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
     out = run_all(a, named if a.operators is None else {n: named[n] for n in a.operators})
     for task, rows in out["summary"].items():
         print(f"\n{task}")
