@@ -94,7 +94,7 @@ def test_every_figure_in_a_verdict_is_in_its_record():
         measured = list(_numbers([known["figures"], known["table"]]))
         for said in re.findall(r"\d+\.\d+", text):
             slack = 0.501 * 10 ** -len(said.partition(".")[2])
-            assert any(abs(x - float(said)) <= slack for x in measured), f"{name}: {said}"
+            assert any(abs(abs(x) - float(said)) <= slack for x in measured), f"{name}: {said}"
 
 
 def test_records_in_the_repository_are_complete():
