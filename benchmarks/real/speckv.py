@@ -33,7 +33,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 def unrelated(method: SpecKV, model: Any, ids: Tensor, keep: int, guess: Tensor) -> Tensor:
     """SpecKV with a guess of our own."""
-    text = torch.cat((ids, guess[None]), 1).to(model.device)
+    text = torch.cat([x.to(model.device) for x in (ids, guess[None])], 1)
     with opened(model, "control", method.policy(keep, guess.shape[0])):
         target = Target(model, text, 0, record=False)
         return torch.tensor(method._decode(target, ids.shape[1], NEW, GREEDY, frozenset(), None, lambda _: None))

@@ -111,7 +111,7 @@ class Bench:
             if identity:
                 kv = self.moments[s.name].kv
                 t = transmla.components(transmla.rorope(kv[: g * d, : g * d], g, d, fold), g, d, fold, method.rope_dim)
-                r = torch.eye(shape.kv_rank, dtype=torch.float64)
+                r = torch.eye(shape.kv_rank, dtype=torch.float64, device=t.device)
                 tensors = transmla.weights(module, shape, t, r, rho, self.scales[s.name], None)
             like = {k: v.to(torch.float32).contiguous() for k, v in tensors.items()}
             transmla._put(self.model, s.name, transmla.converted_module(s, module, shape, like))
