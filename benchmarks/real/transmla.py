@@ -105,9 +105,8 @@ class Bench:
             module, g, d = self.source[s.name], s.kv_heads, s.head_dim
             basis = None
             if plain:
-                vectors = torch.eye(g * fold, dtype=torch.float64, device=self.moments[s.name].kv.device).expand(
-                    d // 2 // fold, -1, -1
-                )
+                eye = torch.eye(g * fold, dtype=torch.float64, device=self.moments[s.name].kv.device)
+                vectors = eye.expand(d // 2 // fold, -1, -1)
                 basis = transmla.components(vectors, g, d, fold, method.rope_dim)
             shape, rho, tensors = method.assemble(s, module, self.moments[s.name], self.scales[s.name], fold, basis)
             if identity:
@@ -189,7 +188,7 @@ def decoding(bench: Bench, method: str) -> tuple[float, int]:
     model = bench.model
     with qkv.applied(model, method, data=bench.data[:2]):
         model.to("cpu")
-        token = torch.tensor([[5]], device=bench.model.device)
+        token = torch.tensor([[5]])
         cache = model(token, use_cache=True).past_key_values
         for layer in cache.layers:
             tensors = {
