@@ -62,6 +62,9 @@ VARIANTS = {
 class Stack(nn.Module):
     """The models of all seeds; tokens ``[S, B, T]`` -> logits ``[S, B, T, V]``."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, variant: Variant, seeds: Sequence[int]) -> None:
         super().__init__()
         self.variant = variant

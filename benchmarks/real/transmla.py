@@ -185,7 +185,7 @@ def exactness(bench: Bench) -> list[Figure]:
 @torch.no_grad()
 def decoding(bench: Bench, method: str) -> tuple[float, int]:
     """Least milliseconds a token on the CPU, and cache bytes, with many tokens stored (random: time does not depend on them)."""
-    model = bench.model
+    model: Any = bench.model
     with qkv.applied(model, method, data=bench.data[:2]):
         model.to("cpu")
         token = torch.tensor([[5]])
