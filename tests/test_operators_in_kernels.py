@@ -5,9 +5,6 @@ Through Triton's interpreter on any machine, on the device where there is one.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,11 +12,11 @@ import torch
 from torch import Tensor
 
 import qkv
+from interpreter import DEVICE, INTERPRETED, direct, interpreted
 from qkv.core.errors import Refused
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton")
+
 SETTINGS = [
     "lightning2", "lightning:layers=3", "lightning:layer=1,layers=3,slopes=flat", "lightnet:z_init=zero", "flow",
     "based", "based:order=1,eps=30.0", "essa:order=2", "essa:key_norm=none",
@@ -28,14 +25,7 @@ SETTINGS = [
 
 def test_operators_are_checked_through_the_interpreter() -> None:
     """The checks below, in a process of their own: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton")
-    if CUDA or INTERPRETED:
-        pytest.skip("the checks run directly here")
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    interpreted(__file__, "is_the_fast_form")
 
 
 def _inputs(setting: str) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -45,7 +35,7 @@ def _inputs(setting: str) -> tuple[list[Tensor], dict[str, Tensor]]:
     return tensors, extras
 
 
-@pytest.mark.skipif(not CUDA and not INTERPRETED, reason="run through the interpreter")
+@direct
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_kernel_is_the_fast_form(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row padded on the left, a state handed over in the middle, gradients of everything."""
