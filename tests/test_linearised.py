@@ -57,7 +57,12 @@ def definition(module: LinearisedProjections, t: Tokens) -> Tensor:
 
 KINDS = [
     {"gate": gate, "combine": combine, "num_meta": m, "window": w}
-    for gate in ("none", "scalar", "feature") for combine in ("joint", "sum") for m, w in ((0, W), (3, W), (2, 1), (0, 64))
+    for gate, combine, m, w in (
+        ("none", "joint", 0, W), ("none", "sum", 2, W), ("scalar", "joint", 0, W), ("scalar", "joint", 3, W),
+        ("scalar", "joint", 2, 1),
+        ("scalar", "joint", 0, 64), ("scalar", "joint", 2, 64), ("scalar", "sum", 3, W), ("scalar", "sum", 0, 64),
+        ("feature", "joint", 3, W), ("feature", "sum", 0, W),
+    )
 ]  # fmt: skip
 
 
@@ -187,20 +192,20 @@ def test_shut_gates_are_the_window_alone() -> None:
 
 
 @torch.no_grad()
-def test_thousands_of_steps_take_no_memory() -> None:
+def test_hundreds_of_steps_take_no_memory() -> None:
     module = layer(gate="scalar", num_meta=2)
     t = read(module)
     q, k = packed(t, module.shape)
     memory, held = LinearisedMemory(module), set()
-    for i in range(2_000):
+    for i in range(600):
         at = slice(i % T, i % T + 1)
         out = memory.attend(q[:, :, at], k[:, :, at], t.v[:, :, at], Step(torch.full((B, 1), i), 1.0))
-        if i % 97 == 0:
+        if i % 37 == 0:
             held.add((memory.bytes(), *(x.data_ptr() for x in memory.buffers())))
     assert len(held) == 1 and bool(torch.isfinite(out).all())
     s = module.shape
     assert memory.bytes() == 8 * B * G * (2 * K * (E + 1) + W * (2 * D + E) + W * s.gates) + 4 * B * W
-    assert (memory.kept(), memory.seen) == (W, 2_000)
+    assert (memory.kept(), memory.seen) == (W, 600)
 
 
 def test_memory_refuses_what_it_cannot_do() -> None:
@@ -331,7 +336,7 @@ def test_low_rank_updates_begin_at_nothing_and_are_merged() -> None:
 def test_both_stages_lower_their_losses_and_leave_the_source(name: str) -> None:
     model, data, seen = source(scale=0.12), text(), []
     before = {n: x.clone() for n, x in model.state_dict().items()}
-    method = qkv.method(name, window=4, feature_dim=8, transfer=8, tune=8, tune_rate=3e-3)
+    method = qkv.method(name, window=4, feature_dim=8, transfer=3, tune=3, tune_rate=5e-3)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     qkv.apply(model, method, data=Lessons(batches=data, progress=lambda *x: seen.append(x)))
     losses = {
@@ -339,7 +344,7 @@ def test_both_stages_lower_their_losses_and_leave_the_source(name: str) -> None:
         for stage in ("transfer", "tune")
     }
     for stage, values in losses.items():
-        assert len(values) == 24 and sum(values[-3:]) < 0.97 * sum(values[:3]), stage
+        assert len(values) == 9 and sum(values[-3:]) < 0.97 * sum(values[:3]), stage
     qkv.revert(model)
     assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
@@ -350,7 +355,7 @@ class Stop(Exception):
     """Cuts a training off."""
 
 
-@pytest.mark.parametrize("cut", [3, 6, 9])
+@pytest.mark.parametrize("cut", [3, 9])
 def test_a_training_that_was_cut_off_goes_on_bit_for_bit(cut: int, tmp_path: Path) -> None:
     method: Any = qkv.method("lizard", window=5, feature_dim=3, num_meta=2, transfer=2, tune=2, lora_rank=2)
     data, whole, model = text(), source(), source()

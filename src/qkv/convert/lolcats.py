@@ -60,8 +60,12 @@ class LoLCATs(Linearisation):
         ladder=lambda x: [{"window": w, "feature_dim": 4, "transfer": 1, "tune": 0} for w in (4, 16, 24, 64)],
         training=lambda x: [{"window": 4, "feature_dim": 8, "transfer": n, "tune": 0} for n in (0, 4, 20)],
         heal={
-            "stage 1": "1000 * sum over layers of mse(softmax outputs of the source, outputs), inputs of the source; AdamW 1e-2",
-            "stage 2": "next token; low-rank updates r=8, alpha=16 on q, k, v, o, with what stage 1 trained; AdamW 1e-4",
+            "objective": "healing",
+            "arguments": {
+                "max_steps": 2000, "per_device_train_batch_size": 32, "learning_rate": 1e-4, "lr_scheduler_type": "cosine",
+                "warmup_steps": 0.03, "weight_decay": 0.0,
+            },
+            "row": 512, "trains": "the converted layers, after both stages of their own",
             "paper": "2 passes over 50 thousand instructions for each stage",
         },
     )  # fmt: skip
