@@ -399,7 +399,8 @@ class EcoFormer(Operator):
         "and its products are additions.",
         shown="Fitted hash functions find more of a query's nearest tokens than random ones at the same bits; on images a little "
         "less accurate than softmax with shared queries and keys.",
-        honest="The largest weight is at most 2 b + 1 times the smallest, so maps are flat, and sigma depends on the row.",
+        honest="The largest weight is at most 2 b + 1 times the smallest, so maps are flat; the published rate hardly moves the "
+        "hash functions from their random start.",
         trials=(
             {"tied": False, "straight_through": False},
             {"tied": False, "straight_through": False, "shift": "reference", "chunk_size": 5},
