@@ -7,7 +7,8 @@ moves them in its 100 steps a bit) and at ten thousand times that; judged on hel
 nearest to a query's, how many are among its ten nearest.
 
 Classifiers: softmax with shared queries and keys, then its weights with codes in all layers but the last, fine-tuned, hash
-functions fitted at the start of every round or left at random; softmax, too, is trained that much longer. Fits there use the larger rate, the same tokens as anchors, and go on from the round before.
+functions fitted at the start of every round or left at random; softmax, too, is trained that much longer. Fits there use the
+larger rate and the same tokens as anchors, and go on from the round before.
 """
 
 from __future__ import annotations
