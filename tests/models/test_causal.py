@@ -182,6 +182,17 @@ def test_a_window_reads_its_window_and_sinks_alone() -> None:
         assert changed == (place in (0, 6, 7, 8))
 
 
+@pytest.mark.parametrize("operators", [HYBRIDS[1]], ids=" ".join)
+def test_long_prompts_meet_the_same_window(operators: Any, monkeypatch: Any) -> None:
+    """Beyond `SHORT` tokens a window runs in chunks, without a mask of its own."""
+    ids = tokens(2, N)
+    written = model(operators)(ids).logits
+    monkeypatch.setattr(mixing, "SHORT", 2)
+    assert close(model(operators)(ids).logits, written)
+    test_prefill_and_steps_are_the_whole(operators)
+    test_a_padded_row_is_the_row_alone(operators)
+
+
 def test_layers_know_where_they_stand() -> None:
     net = model(("lightning", "lightning", "lightning:layer=0,layers=9"))
     settings = [b.mixer.method.settings() for b in net.blocks]
