@@ -490,7 +490,8 @@ def _suffix_one(rise_ptr, fall_ptr, carry_ptr, out_ptr, N, pairs, tiles, C: tl.c
     """As `_suffix`, one decay per token: the sums over channels lie in tiles; grid (chunks, B H)."""
     c, pair = tl.program_id(0), tl.program_id(1)
     r, low = tl.arange(0, C), c * C
-    slope, carry = tl.zeros((C,), tl.float32), 0.0
+    slope = tl.zeros((C,), tl.float32)
+    carry = 0.0
     for tile in range(tiles):
         row = (tile * pairs + pair).to(tl.int64)
         at = row * N + low + r

@@ -58,7 +58,7 @@ def _fold(
     return new, total * fade + tl.sum(p, 1), out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def _split(
     q_ptr, k_ptr, v_ptr, length_ptr, start_ptr, position_ptr, scores_ptr, part_ptr, lse_ptr,
     scale2, G, R, S, C, D, E,
@@ -151,7 +151,7 @@ def _mass(
     tl.store(at, p, mask=(r < R)[:, None] & (j < M)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def _masses(scores_ptr, lse_ptr, length_ptr, drawing_ptr, H, C, HAS_DRAWING: tl.constexpr, BLOCK: tl.constexpr):
     """Scores in units of log2 become exp(score - lse), in place; 0 past the length and where a row draws nothing."""
     head, block = tl.program_id(0), tl.program_id(1)

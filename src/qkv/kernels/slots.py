@@ -84,7 +84,7 @@ def _turn(keys, anchors, index, frequencies, shift, G, C, D, N, R, NP: tl.conste
     tl.store(target + R, (b * cos + a * sin).to(keys.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def _weigh(
     scores, lse, position, state, slot, new, keep, worst, where, share, heads, sets, per, C,
     HAS_STATE: tl.constexpr, REDUCE: tl.constexpr, NORMALIZE: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
@@ -130,7 +130,7 @@ def _weigh(
     tl.store(where + found, tl.min(tl.where((x == low) & live, j, 2147483647), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def _settle(worst, where, position, slot, new, G, C, blocks, PER: tl.constexpr, BP: tl.constexpr):
     """The least of the blocks is freed; PER heads share a set and its blocks."""
     pair, n = tl.program_id(0), tl.arange(0, BP)
