@@ -222,6 +222,8 @@ def decode_attention(
     out_lse = torch.empty(b, h, 1, dtype=torch.float32, device=q.device)
     wide_d, wide_e = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e))
     places = position if position is not None else length
+    # With scores the compiler takes so many registers that two programs fit a multiprocessor; this cap makes it three.
+    cap = {"maxnreg": 168} if scores is not None and warps == 4 and q.is_cuda and torch.version.hip is None else {}
     _split[(b * g, splits)](
         q, k, v, length, start if start is not None else length, places,
         scores if scores is not None else part, part, lse,
@@ -230,7 +232,7 @@ def decode_attention(
         position.stride(0) if position is not None else 0, position.stride(1) if position is not None else 0,
         HAS_START=start is not None, HAS_POSITION=position is not None, HAS_SCORES=scores is not None,
         EVEN=(d, e) == (wide_d, wide_e),
-        ROWS=max(16, triton.next_power_of_2(r)), BLOCK=block, DP=wide_d, EP=wide_e, num_warps=warps, num_stages=stages,
+        ROWS=max(16, triton.next_power_of_2(r)), BLOCK=block, DP=wide_d, EP=wide_e, num_warps=warps, num_stages=stages, **cap,
     )  # fmt: skip
     _merge[(b * h,)](part, lse, out, out_lse, r, splits, e, SP=triton.next_power_of_2(splits), EP=wide_e, num_warps=4)
     return out, out_lse
