@@ -552,7 +552,8 @@ def _arithmetic(dtype: torch.dtype) -> tuple[Any, str]:
 
 
 def _wide(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    """Channels of a tile that holds `width`. Never 16: such tiles ended in an illegal access on Hopper (docs/lab.md)."""
+    return max(32, triton.next_power_of_2(width))
 
 
 def _settings(name: str, dtype: torch.dtype, width: int) -> dict[str, int]:
