@@ -144,7 +144,7 @@ class Study:
         ids = torch.cat([self.held, self.held])[: self.marks[-1] + 1].to(device)[None]
         cache, at, lost, marks = None, 0, [], list(self.marks)
         bytes_at: dict[int, int] = {}
-        part = max(1, self.marks[0] // 2)
+        part = self.marks[0]
         while at < self.marks[-1]:
             n = min(part, marks[0] - at)
             out = model(ids[:, at : at + n], past_key_values=cache, use_cache=True)
@@ -234,7 +234,7 @@ class Study:
 def main(
     description: str | None, method: Linearisation, claim: str, *, more: Sequence[Callable[[Study], None]] = ()
 ) -> Study:
-    """Controls, stages, memory; `more`: what else to measure on the model as it ends up."""
+    """Controls, stages, what `more` measures on the converted model, memory."""
     study = Study(arguments(description), method, claim)
     lizard: Any = qkv.method("lizard")
     sizes = {"num_meta": 0, "feature_dim": getattr(method, "feature_dim")}  # noqa: B009
@@ -243,9 +243,11 @@ def main(
         lizard.replace(window=EVERYTHING, **sizes),
     )
     study.stages()
-    study.stream(2.0 if study.a.quick else 40.0)
     for one in more:
         one(study)
+    study.stream(2.0 if study.a.quick else 30.0)
+    held = {f.value for f in study.figures if f.name.startswith("bytes held after")}
+    assert len(held) == 1, f"the memory grew: {held}"
     qkv.revert(study.model)
     clock("done", study.since)
     return study

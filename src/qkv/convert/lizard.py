@@ -76,7 +76,7 @@ class Lizard(Linearisation):
             Limit("lolcats", {"num_meta": 0}, "gates of 1, features of rotated queries and keys: LoLCATs"),
         ),
         shown="SmolLM2: perplexity beyond the window between the source's and the window's alone, and memory that stays as it is",
-        honest="what left the window is a sum over features: exact recall of a far token is lost, and training decides the rest",
+        honest="beyond the window only sums remain: SmolLM2 has perplexity 27.1 at 8k where the source, tuned alike, has 24.3",
         stores=True,
         constant=True,
         exact=lambda x: {"window": 1 << 20, "num_meta": 0, "combine": "joint", "window_rope": True, "transfer": 0, "tune": 0},

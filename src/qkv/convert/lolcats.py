@@ -51,8 +51,8 @@ class LoLCATs(Linearisation):
         limits=(
             Limit("full", {"window": 1 << 20, "transfer": 0, "tune": 0}, "window >= length: the source, exactly"),
         ),
-        shown="SmolLM2: far better than its window alone after both stages, behind the source",
-        honest="nothing is ever forgotten, so old and recent tokens blur as the text grows beyond the length trained on",
+        shown="SmolLM2, at the length trained on: far better than its window alone after both stages, behind the source",
+        honest="nothing is ever forgotten: trained on 1k tokens, SmolLM2 goes from perplexity 35 there to 195 at 8k",
         stores=True,
         constant=True,
         exact=lambda x: {"window": 1 << 20, "transfer": 0, "tune": 0},
