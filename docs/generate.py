@@ -180,13 +180,69 @@ def texts() -> dict[Path, str]:
     for name, table in runs.items():
         said = (folder / name / "command.txt").read_text(encoding="utf-8").strip()
         out += [f"## {name}", "", "```sh", said, "```", "", table, ""]
-    page = {ROOT / "docs" / "benchmarks.md": "\n".join(out).rstrip() + "\n"}
+    page = {
+        ROOT / "docs" / "benchmarks.md": "\n".join(out).rstrip() + "\n",
+        ROOT / "docs" / "operators.md": _operators(),
+    }
     readme = ROOT / "README.md"
     if README_RUN in runs and readme.is_file():
         parts = re.split(r"(<!-- bench:(?:begin|end) -->)", readme.read_text(encoding="utf-8"))
         parts[2] = f"\n\n{runs[README_RUN]}\n\n"
         page[readme] = "".join(parts)
     return page
+
+
+OPERATOR_TABLES = {
+    ("operators_lm.json", "text"): (
+        "Text",
+        "A byte model of plays, equal parameters, steps and batches; loss on a play held out, in nats a byte.",
+        ("loss", "loss at 4 x length", "tokens per second", "decode bytes"),
+    ),
+    ("operators_lm.json", "recall"): (
+        "Recall",
+        "Multi-query associative recall, 16 pairs in 128 tokens, against the bytes of the state while decoding.",
+        ("dial", "accuracy", "state bytes"),
+    ),
+    ("operators_vit.json", "digits"): (
+        "Digits",
+        "One small vision transformer, 64 tokens of one pixel; share of held-out digits that are right.",
+        ("accuracy", "loss", "images per second"),
+    ),
+    ("operators_vit.json", "fashion-mnist"): (
+        "Photographs of clothes",
+        "The same on Fashion-MNIST, 196 tokens.",
+        ("accuracy", "loss", "images per second"),
+    ),
+}
+
+
+def _operators() -> str:
+    """The page that compares operators in equal models."""
+    folder = ROOT / "benchmarks" / "results"
+    out = [
+        _note("benchmarks/results/operators_lm.json and operators_vit.json"),
+        "# Operators compared",
+        "",
+        "Small models that differ in their operator alone, made by `benchmarks/operators_lm.py` and `operators_vit.py`; "
+        "no setting was tuned. In the vision models only an operator that brings positions has any beyond learned ones.",
+        "",
+    ]
+    for (file, task), (title, says, columns) in OPERATOR_TABLES.items():
+        data = json.loads((folder / file).read_text(encoding="utf-8"))
+        rows = data["summary"].get(task, [])
+        seeds = sorted({r["seeds"] for r in rows})
+        out += [f"## {title}", "", f"{says} Seeds: {', '.join(map(str, seeds))}.", "",
+                "| operator | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]  # fmt: skip
+        for row in rows:
+            cells = [_number(row.get(c, "–") if row.get(c) is not None else "–") for c in columns]
+            out.append(f"| {_cell(row['operator'])} | " + " | ".join(cells) + " |")
+        lost = sorted({f["operator"] for f in data["failed"] if f["task"] == task and f["seed"] == 0})
+        if lost:
+            why = sorted({f["error"].split(": ", 1)[1] for f in data["failed"]})
+            out += ["", f"Not measured ({'; '.join(why)}): {', '.join(lost)}."]
+        where = ", ".join(g["name"] for g in data["machine"]["gpus"]) or data["machine"]["cpu"]
+        out += ["", f"{where}, torch {data['versions']['torch']}, first seed {data['seed']}.", ""]
+    return "\n".join(out).rstrip() + "\n"
 
 
 def _note(sources: str) -> str:
