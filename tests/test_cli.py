@@ -357,7 +357,7 @@ def test_convert_heals_on_request(qkv_command, folder, book, tmp_path):
     setting = "transmla:rope_dim=32,kv_rank=16,freqfold=1"
     common = ["convert", folder, "-m", setting, "--text", book, "--rows", "4", "--tokens", "64"]
     for more in (["--out", "a"], ["--out", "b", "--heal", "2", "--heal-text", book, "--batch", "2"]):
-        code, out, err = qkv_command(*common, *more)
+        code, _, err = qkv_command(*common, *more)
         assert code == 0, err
     plain, healed = (qkv.load(tmp_path / name).state_dict() for name in "ab")
     changed = {k for k in plain if not torch.equal(plain[k], healed[k])}

@@ -48,7 +48,7 @@ class ConversionSpec(Spec):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Lessons:
-    """Model inputs for a conversion that trains, and where it keeps what it has learnt: ``data=Lessons(batches=..., folder=...)``.
+    """Model inputs for a conversion that trains, and where it keeps what it learns: ``data=Lessons(batches=..., folder=...)``.
 
     batches: as `data` otherwise. folder: gets a checkpoint every `save_every` steps and on Ctrl-C; the same conversion of the
     same model on the same data goes on from it, or gives its result at once if it was finished. progress: called with steps
