@@ -54,6 +54,7 @@ fmt: setup
 
 check: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 docs: $(VENV)/.docs

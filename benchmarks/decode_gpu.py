@@ -159,7 +159,10 @@ def main() -> None:
         keep()
         print({k: v for k, v in result.items() if k != "_all"}, flush=True)
 
-    methods = ["full", *(a.method or ["window:budget=0.25", "kivi:bits=4", "streamingllm:window=4092", "h2o:budget=0.25"])]
+    methods = [
+        "full",
+        *(a.method or ["window:budget=0.25", "kivi:bits=4", "streamingllm:window=4092", "h2o:budget=0.25"]),
+    ]
     shapes = [tuple(map(int, x.split("x"))) for x in a.shapes]
     for b, n in shapes:
         if not a.no_peers:

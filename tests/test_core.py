@@ -71,7 +71,9 @@ def test_every_id_says_what_it_is(name: str) -> None:
         registry.method(name, **limit.parameters)
     if s.kind == "operator" and s.paper != "baseline":
         alone = "No setting makes it another operator" in (sys.modules[s.config.__module__].__doc__ or "")
-        assert bool(s.limits) != alone, f"{name}: declare a setting at which it equals another operator, or say that none does"
+        assert bool(s.limits) != alone, (
+            f"{name}: declare a setting at which it equals another operator, or say that none does"
+        )
     assert {d.law for d in s.deviations} <= set(laws(s.kind)), f"{name}: deviates from laws that do not exist"
     json.dumps(s.to_dict(), allow_nan=False)
 
@@ -288,7 +290,9 @@ MASKS = ["none", "per query head", "per key head", "for all heads", "one row", "
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("h", "g", "n", "m"), [(6, 3, 5, 11), (6, 3, 11, 11), (3, 3, 1, 7), (6, 2, 1, 7), (4, 1, 5, 5)])
+@pytest.mark.parametrize(
+    ("h", "g", "n", "m"), [(6, 3, 5, 11), (6, 3, 11, 11), (3, 3, 1, 7), (6, 2, 1, 7), (4, 1, 5, 5)]
+)
 @pytest.mark.parametrize("chunk", [1 << 24, 97])
 def test_attend_and_sdpa_equal_the_definition(
     h: int, g: int, n: int, m: int, causal: bool, mask: str, chunk: int, monkeypatch: pytest.MonkeyPatch
@@ -334,7 +338,11 @@ def test_rows_without_keys_give_zero_and_finite_gradients() -> None:
 
 
 def test_attend_has_the_gradients_of_its_definition() -> None:
-    q, k, v = _normal(1, 4, 3, 3).requires_grad_(), _normal(1, 2, 5, 3, seed=1).requires_grad_(), _normal(1, 2, 5, 2, seed=2)
+    q, k, v = (
+        _normal(1, 4, 3, 3).requires_grad_(),
+        _normal(1, 2, 5, 3, seed=1).requires_grad_(),
+        _normal(1, 2, 5, 2, seed=2),
+    )
     v.requires_grad_()
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, causal=True)[:2], (q, k, v))
 

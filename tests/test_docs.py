@@ -130,7 +130,11 @@ def test_an_incomplete_record_is_refused_and_not_written(tmp_path, changes, said
 def test_a_damaged_record_is_an_error_that_names_the_file(tmp_path):
     path = record("h2o", claim="c", figures=[Figure("f", 1)], command="x", seed=0, folder=tmp_path)
     good = read_json(path)
-    for change, said in (({"seed": "0"}, "'seed' is str"), ({"more": 1}, "unknown entries"), ({"id": "kivi"}, "file name")):
+    for change, said in (
+        ({"seed": "0"}, "'seed' is str"),
+        ({"more": 1}, "unknown entries"),
+        ({"id": "kivi"}, "file name"),
+    ):
         write_json(path, good | change)
         with pytest.raises(SavedDataError, match=rf"h2o\.json: .*{said}"):
             read_records(tmp_path)

@@ -22,7 +22,9 @@ shapes = st.fixed_dictionaries({
     "b": st.integers(1, 3), "g": st.integers(1, 3), "r": st.integers(1, 3), "n": st.integers(1, 40),
     "d": st.integers(1, 6), "e": st.integers(1, 6), "seed": st.integers(0, 999),
 })  # fmt: skip
-chunkings = st.tuples(st.integers(1, 9), st.integers(1, 5)).map(lambda x: {"chunk_size": x[0] * x[1], "sub_chunk": x[0]})
+chunkings = st.tuples(st.integers(1, 9), st.integers(1, 5)).map(
+    lambda x: {"chunk_size": x[0] * x[1], "sub_chunk": x[0]}
+)
 decays = st.sampled_from([0.0, 1e-3, 0.5, 5.0, 20.0, 1e3])
 axes = st.sampled_from(["h", "bhn", "bhnd"])
 
@@ -63,7 +65,9 @@ def test_gla_equals_its_definition(s: dict[str, int], chunks: Any, letters: str,
 
 @EXAMPLES
 @given(shapes, chunkings, axes, decays, st.floats(0, 1))
-def test_gla_gradients_and_handover(s: dict[str, int], chunks: Any, letters: str, strength: float, share: float) -> None:
+def test_gla_gradients_and_handover(
+    s: dict[str, int], chunks: Any, letters: str, strength: float, share: float
+) -> None:
     """Gradients through a state handed over at a drawn split equal those of the whole definition."""
     s = s | {"n": max(2, s["n"])}
     q, k, v, rng = _tensors(s)

@@ -105,7 +105,9 @@ def test_ids_read_method_form_law() -> None:
 
 
 def test_declared_deviations_are_strict() -> None:
-    def leaky(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = True, **call: object) -> torch.Tensor:
+    def leaky(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = True, **call: object
+    ) -> torch.Tensor:
         return Full.spec.fast(q, k, v, causal=False, **call)
 
     known = (Deviation("no_future_leak", "reads everything by design"),)

@@ -54,11 +54,17 @@ def ignores_scale(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **call: Any)
 
 
 def border_counted_twice(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.cat([out[:, :, :6], out[:, :, 6:] + 1e-6 * v.repeat_interleave(q.shape[1] // v.shape[1], 1)[:, :, 6:]], 2)
+    return torch.cat(
+        [out[:, :, :6], out[:, :, 6:] + 1e-6 * v.repeat_interleave(q.shape[1] // v.shape[1], 1)[:, :, 6:]], 2
+    )
 
 
 def current_token_decays(q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor, **call: Any) -> Any:
-    shape = (log_decay if log_decay.ndim == 4 else log_decay[..., None]) if log_decay.ndim > 1 else log_decay[None, :, None, None]
+    shape = (
+        (log_decay if log_decay.ndim == 4 else log_decay[..., None])
+        if log_decay.ndim > 1
+        else log_decay[None, :, None, None]
+    )
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) * shape.exp()
     return gla.reference(q, k, v.repeat_interleave(q.shape[1] // v.shape[1], 1), log_decay=log_decay, **call)
 
@@ -72,7 +78,9 @@ def sums_in_low_precision(q: Tensor, k: Tensor, v: Tensor, *, scale: float, chun
     return torch.stack(outs, 2)
 
 
-def sees_one_ahead(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = True, padding: Any = None) -> Tensor:
+def sees_one_ahead(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = True, padding: Any = None
+) -> Tensor:
     n, m = q.shape[2], k.shape[2]
     seen = torch.ones(n, m, dtype=torch.bool, device=q.device)
     return full.sdpa(q, k, v, mask=seen.tril(m - n + 1) if causal else seen, scale=scale)
@@ -140,7 +148,9 @@ def factored_decay(q: Tensor, k: Tensor, v: Tensor, *, scale: float, log_decay: 
     return scale * ((q * total.exp()) @ (k * (-total).exp()).mT).tril() @ v
 
 
-def unsafe_softmax(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = True, padding: Any = None) -> Tensor:
+def unsafe_softmax(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = True, padding: Any = None
+) -> Tensor:
     weights = (scale * q @ k.mT).exp()
     if causal:
         weights = weights * full.causal_mask(q.shape[2], k.shape[2], q.device)

@@ -192,7 +192,9 @@ def sdpa(
     if causal and 1 < n < m and mask is None and not dropout and _flash(q, k, v):
         from torch.nn.attention.bias import causal_lower_right  # loads much that a CPU never needs
 
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n, m), scale=scale, enable_gqa=h != g)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=causal_lower_right(n, m), scale=scale, enable_gqa=h != g
+        )
     if causal and n > 1 and (m != n or mask is not None):
         c = causal_mask(n, m, q.device)
         mask, causal = (c[None, None] if mask is None else mask & c), False

@@ -32,8 +32,7 @@ def _files() -> dict[str, str]:
                 continue
             name = info.name.replace("_", "-")
             if name in out:
-                raise ImportError(f"two files claim the method id {name!r}: {out[name]} and "
-                                  f"{package}.{info.name}")
+                raise ImportError(f"two files claim the method id {name!r}: {out[name]} and {package}.{info.name}")
             out[name] = f"{package}.{info.name}"
     return out
 

@@ -232,8 +232,7 @@ class Method:
             try:
                 value = _accepts(value, hints[f.name])
             except TypeError:
-                raise InvalidParameter(f"{label} must be of type {f.type}, not "
-                                       f"{type(value).__name__}") from None
+                raise InvalidParameter(f"{label} must be of type {f.type}, not {type(value).__name__}") from None
             except _NotAChoice as error:
                 members = ", ".join(map(repr, error.args[0]))
                 raise InvalidParameter(f"{label} must be one of {members}") from None
@@ -317,8 +316,7 @@ def parse_setting(text: str) -> tuple[str, dict[str, Any]]:
     for item in _split_commas(rest):
         key, eq, value = item.partition("=")
         if not eq or not key.strip():
-            raise InvalidParameter(f"{text!r}: {item!r} is not of the form name=value; write e.g. "
-                                   "h2o:budget=0.25")
+            raise InvalidParameter(f"{text!r}: {item!r} is not of the form name=value; write e.g. h2o:budget=0.25")
         out[key.strip()] = _value(value.strip())
     return name.strip(), out
 

@@ -34,8 +34,7 @@ class State:
         for name, shape in shapes.items():
             got = tuple(self.tensors[name].shape) if name in self.tensors else None
             if got != tuple(shape):
-                raise StateError(f"{owner}: state {name!r} has shape {got}, expected {tuple(shape)} for "
-                                 "these inputs")
+                raise StateError(f"{owner}: state {name!r} has shape {got}, expected {tuple(shape)} for these inputs")
         return self
 
     def index(self, rows: Tensor) -> State:
@@ -47,8 +46,10 @@ class State:
         """Refused: a recurrent state has folded its tokens in. Keep a copy from before instead."""
         if tokens == 0:
             return self
-        raise StateError(f"{self.owner}: {tokens} tokens cannot be taken out of a recurrent state; keep an "
-                         "earlier state (states are immutable values) and feed the kept tokens again")
+        raise StateError(
+            f"{self.owner}: {tokens} tokens cannot be taken out of a recurrent state; keep an "
+            "earlier state (states are immutable values) and feed the kept tokens again"
+        )
 
     @property
     def bytes(self) -> int:
@@ -64,5 +65,3 @@ class State:
         mine = (self.owner, self.seen, self.tensors.keys())
         theirs = (other.owner, other.seen, other.tensors.keys())
         return mine == theirs and all(torch.equal(t, other.tensors[k]) for k, t in self.tensors.items())
-
-

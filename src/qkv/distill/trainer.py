@@ -660,7 +660,9 @@ class Run:
 
     def _publish(self, student: Any, folder: Path, facts: dict[str, Any], steps: int, loss: float | None) -> None:
         def write(target: Path) -> None:
-            if "teacher" in self.more and hosts.carried(student):  # a converted model: what differs from its base, for `qkv.load`
+            if "teacher" in self.more and hosts.carried(
+                student
+            ):  # a converted model: what differs from its base, for `qkv.load`
                 hosts.save(student, target)
             else:
                 with _quiet():

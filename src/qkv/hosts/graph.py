@@ -32,7 +32,9 @@ def install(session: Any) -> Graphs:
     if next(model.parameters()).device.type != "cuda":
         raise Refused("graph=True needs the model on a CUDA device; leave it out here")
     if session.repair is not None:
-        raise Refused("graph=True: a method runs its decoded tokens again every so often, which is not static; set that off")
+        raise Refused(
+            "graph=True: a method runs its decoded tokens again every so often, which is not static; set that off"
+        )
     for site in session.sites:
         state = session.states[site.name]
         if not site.cached:
@@ -40,7 +42,9 @@ def install(session: Any) -> Graphs:
         if not session._serves(site):
             raise Refused(f"graph=True: {site.name} keeps a cache that is not static; apply a method there too")
         if state.steering or state.observers or (state.operator is not None and state.operator.id != "full"):
-            raise Refused(f"graph=True: {site.name} is steered, observed or computed by another operator while decoding")
+            raise Refused(
+                f"graph=True: {site.name} is steered, observed or computed by another operator while decoding"
+            )
     return Graphs(session)
 
 
@@ -148,7 +152,9 @@ class Graphs:
         return _Captured(graph, static_ids, places, now, output, signature)
 
     @staticmethod
-    def _fill(now: Now, places: Tensor, memories: list[LayerCache], kwargs: dict[str, Any], start: Tensor | None) -> None:
+    def _fill(
+        now: Now, places: Tensor, memories: list[LayerCache], kwargs: dict[str, Any], start: Tensor | None
+    ) -> None:
         seen = memories[0].seen
         now.cursor.fill_(seen)
         now.length.fill_(seen + 1)
@@ -162,7 +168,9 @@ class Graphs:
         else:
             places.copy_(given[..., -1:].expand_as(places))
 
-    def _replay(self, captured: _Captured, kwargs: dict[str, Any], memories: list[LayerCache], start: Tensor | None) -> Any:
+    def _replay(
+        self, captured: _Captured, kwargs: dict[str, Any], memories: list[LayerCache], start: Tensor | None
+    ) -> Any:
         captured.ids.copy_(kwargs["input_ids"])
         self._fill(captured.now, captured.places, memories, kwargs, start)
         captured.graph.replay()

@@ -37,16 +37,12 @@ class Draw:
         self.generator = torch.Generator().manual_seed(seed)
         self.device = torch.device(device)
 
-    def normal(
-        self, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0, grad: bool = False
-    ) -> Tensor:
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0, grad: bool = False) -> Tensor:
         """Normal values with standard deviation `scale`; grad: a leaf that asks for gradients."""
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
         return x.to(self.device, dtype).requires_grad_(grad)
 
-    def uniform(
-        self, *shape: int, low: float = 0.0, high: float = 1.0, dtype: torch.dtype = torch.float64
-    ) -> Tensor:
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
         """Uniform values in [low, high)."""
         x = torch.rand(shape, generator=self.generator, dtype=torch.float64)
         return (low + (high - low) * x).to(self.device, dtype)
@@ -216,9 +212,7 @@ def cases(target: Target, *, device: str = "cpu", seed: int = 0) -> list[Case]:
     ]
 
 
-def pairs(
-    kind: str | None = None, *targets: Target, device: str = "cpu", quick: bool = False
-) -> Iterator[Pair]:
+def pairs(kind: str | None = None, *targets: Target, device: str = "cpu", quick: bool = False) -> Iterator[Pair]:
     """Every law with every case it applies to: over `targets`, or over the registry (of one kind).
 
     quick: leave expensive laws out. A deviation that names no law of the method's kind raises `UnknownName`.
@@ -332,9 +326,7 @@ def expect(condition: Any, message: str) -> None:
         raise BrokenLaw(message)
 
 
-def refuses(
-    errors: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Any], what: str
-) -> Exception:
+def refuses(errors: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Any], what: str) -> Exception:
     """The error that `call` raised; `BrokenLaw` when it returned instead or raised another kind of error."""
     names = " or ".join(e.__name__ for e in (errors if isinstance(errors, tuple) else (errors,)))
     try:
@@ -371,8 +363,10 @@ def close(got: Tensor, want: Tensor, *, rtol: float = 0.0, atol: float = 0.0, wh
     worst = float(error.max())
     if not worst <= tolerance:
         at = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
-        raise BrokenLaw(f"{what} is off by {worst:.3g} (tolerance {tolerance:.3g}, largest value "
-                        f"{float(size):.3g}) at {at}: got {got[at].item():.9g}, want {want[at].item():.9g}")
+        raise BrokenLaw(
+            f"{what} is off by {worst:.3g} (tolerance {tolerance:.3g}, largest value "
+            f"{float(size):.3g}) at {at}: got {got[at].item():.9g}, want {want[at].item():.9g}"
+        )
 
 
 def same(got: Tensor, want: Tensor, what: str = "output") -> None:

@@ -160,7 +160,9 @@ def reference(case: Case, inputs: Inputs, **keywords: Any) -> Any:
     return call(case, inputs.to(torch.float64), "reference", **keywords)
 
 
-def gradients(case: Case, inputs: Inputs, weight: Tensor, form: str | None = None, **keywords: Any) -> dict[str, Tensor]:
+def gradients(
+    case: Case, inputs: Inputs, weight: Tensor, form: str | None = None, **keywords: Any
+) -> dict[str, Tensor]:
     """Gradients of ``sum(weight * out)`` by name; 0 where an input is not used."""
     leaves = inputs.leaves(case.spec)
     out = call(case, leaves, form, **keywords)
@@ -294,7 +296,9 @@ def low_precision(case: Case) -> None:
             if case.spec.causal == "both":
                 inputs.keywords["causal"] = causal
             weight = case.draw(5).normal(B, H, 61, 19).to(dtype)
-            exactly = {"output": reference(case, inputs)} | gradients(case, inputs.to(torch.float64), weight, "reference")
+            exactly = {"output": reference(case, inputs)} | gradients(
+                case, inputs.to(torch.float64), weight, "reference"
+            )
             plain = {"output": call(case, inputs, "reference")} | gradients(case, inputs, weight, "reference")
             ours = {"output": call(case, inputs)} | gradients(case, inputs, weight)
             for name, want in exactly.items():

@@ -78,7 +78,9 @@ class DenseCache(LayerCache):
         assert self.keys is not None and self.values is not None
         length = torch.full((1,), self.seen, dtype=torch.int32, device=q.device)
         start = None if step.padding is None else (~step.padding).sum(-1, dtype=torch.int32)
-        return kernel("decode:decode_attention")(q, self.keys, self.values, length=length, start=start, scale=step.scale)[0]
+        return kernel("decode:decode_attention")(
+            q, self.keys, self.values, length=length, start=start, scale=step.scale
+        )[0]
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         n = k.shape[2]
@@ -111,7 +113,9 @@ class DenseCache(LayerCache):
         self.keys.index_copy_(2, now.cursor, k)
         self.values.index_copy_(2, now.cursor, v)
         self.seen += 1
-        return kernel("decode:decode_attention")(q, self.keys, self.values, length=now.length, start=now.start, scale=scale)[0]
+        return kernel("decode:decode_attention")(
+            q, self.keys, self.values, length=now.length, start=now.start, scale=scale
+        )[0]
 
     def advance(self) -> None:
         """See `LayerCache.advance`."""
@@ -162,7 +166,9 @@ class DenseCache(LayerCache):
         """Keys and values of the tokens seen, and the padding mask."""
         if self.keys is None or self.values is None:
             return {}
-        keys, values = (x[:, :, : self.seen].clone(memory_format=torch.contiguous_format) for x in (self.keys, self.values))
+        keys, values = (
+            x[:, :, : self.seen].clone(memory_format=torch.contiguous_format) for x in (self.keys, self.values)
+        )
         out = {"keys": keys, "values": values}
         return out if self.padding is None else out | {"padding": self.padding}
 

@@ -166,7 +166,9 @@ class SelectiveCache(Recording):
         shape = (*like.shape[:2], capacity, like.shape[3])
         if not self.hosted:
             return like.new_zeros(shape)
-        return torch.zeros(shape, dtype=like.dtype, pin_memory=like.is_cuda or (like.device.type == "cpu" and like.is_pinned()))
+        return torch.zeros(
+            shape, dtype=like.dtype, pin_memory=like.is_cuda or (like.device.type == "cpu" and like.is_pinned())
+        )
 
     # -- the index ------------------------------------------------------------------------------------------------
 
@@ -440,7 +442,13 @@ class SelectiveCache(Recording):
 
     def static(self) -> bool:
         """On CUDA, with room for the token, once the prompt is in and every row is indexed; not with keys in host memory."""
-        if self.hosted or self.keys is None or not self.keys.is_cuda or not self.reader.capturable or self.reader.stateful:
+        if (
+            self.hosted
+            or self.keys is None
+            or not self.keys.is_cuda
+            or not self.reader.capturable
+            or self.reader.stateful
+        ):
             return False
         if (
             self.recording
@@ -600,7 +608,9 @@ class SelectiveCache(Recording):
         if self.keys is None or self.values is None or self.chosen is None:
             return self.bytes()
         width = (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
-        return self.keys.shape[0] * self.chosen * width + sum(x.numel() * x.element_size() for x in self.features.values())
+        return self.keys.shape[0] * self.chosen * width + sum(
+            x.numel() * x.element_size() for x in self.features.values()
+        )
 
     def kept(self) -> int:
         """Tokens of the longest row."""

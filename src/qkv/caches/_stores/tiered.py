@@ -128,7 +128,9 @@ class Shelf:
 
     def _make(self, shape: Sequence[int], dtype: torch.dtype, pin: bool) -> tuple[Tensor, Path | None]:
         if self.folder is None:
-            return torch.zeros(shape, dtype=dtype, pin_memory=pin), None  # never NaN: unused slots are masked, not skipped
+            return torch.zeros(
+                shape, dtype=dtype, pin_memory=pin
+            ), None  # never NaN: unused slots are masked, not skipped
         size = torch.Size(shape).numel()
         path = _file(self.folder, size * dtype.itemsize, self.label)
         try:
