@@ -161,6 +161,7 @@ def _masses(scores_ptr, lse_ptr, length_ptr, drawing_ptr, H, C, HAS_DRAWING: tl.
         length = tl.where(tl.load(drawing_ptr + head // H) >= 0, length, 0)
     live = (j < length) & (j < C)
     lse = tl.load(lse_ptr + head) * 1.4426950408889634
+    lse = tl.where(lse > float("-inf"), lse, 0.0)  # a row that saw nothing
     at = scores_ptr + head.to(tl.int64) * C + j
     s = tl.load(at, mask=live, other=float("-inf"))
     tl.store(at, tl.where(s > float("-inf"), tl.exp2(s - lse), 0.0), mask=j < C)
