@@ -552,7 +552,7 @@ def _arithmetic(dtype: torch.dtype) -> tuple[Any, str]:
 
 
 def _wide(width: int) -> int:
-    """Channels of a tile that holds `width`. Never 16: such tiles ended in an illegal access on Hopper (docs/lab.md)."""
+    """Channels of a tile that holds `width`. At least 32, the narrowest that has run on a GPU (docs/lab.md)."""
     return max(32, triton.next_power_of_2(width))
 
 
