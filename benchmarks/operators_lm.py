@@ -17,18 +17,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from _sweep import Run, sweep
 
 import qkv
-from qkv.bench.environment import environment, write_json
 from qkv.bench.fitting import fit
 from qkv.bench.texts import held_out, pairs, random_windows, text_bytes
-from qkv.core.errors import QKVError, Refused
+from qkv.core.errors import Refused
 from qkv.layers._mixer import check_mixing
 from qkv.models.language.causal import CausalConfig, CausalLM
 
@@ -177,57 +178,28 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return out
 
 
-def jobs(a: argparse.Namespace, named: Mapping[str, Choice]) -> Iterable[tuple[int, str, str, Mapping[str, Any]]]:
-    """(seed, task, name, dial) in the order in which they run."""
-    for seed in range(a.seeds):
-        for task in a.tasks:
-            for name in named:
-                for dial in named[name].dial if task == "recall" else ({},):
-                    yield seed, task, name, dial
-
-
 def run_all(a: argparse.Namespace, named: Mapping[str, Choice]) -> dict[str, Any]:
-    """Run what fits the budget; the file is rewritten after every run."""
-    begun, runs, left, failed = time.monotonic(), [], [], []
-    took: dict[tuple[str, str], float] = {}
+    """Every model of every seed, as far as the budget reaches."""
     cache: list[Any] = []
 
     def data() -> tuple[Any, Any]:
         cache[:] = cache or [text_bytes(a.device)]
         return cache[0]
 
+    def jobs() -> Iterator[tuple[dict[str, Any], Hashable, Run]]:
+        for seed in range(a.seeds):
+            for name, choice in named.items() if "text" in a.tasks else ():
+                job = {"seed": seed, "task": "text", "operator": name}
+                yield job, ("text", name), partial(text_run, choice, seed, a, data)
+            for name, choice in named.items() if "recall" in a.tasks else ():
+                for dial in choice.dial:
+                    job = {"seed": seed, "task": "recall", "operator": name, "dial": dict(dial)}
+                    yield job, ("recall", name), partial(recall_run, choice, dial, seed, a)
+
     settings = {k: v for k, v in vars(a).items() if k not in ("out", "operators")}
     settings |= {"text parameters": TEXT_PARAMETERS, "recall parameters": RECALL_PARAMETERS, "pairs": PAIRS, "rows": ROWS,
                  "length": LENGTH, "layers": LAYERS, "operators": {n: list(c.settings) for n, c in named.items()}}  # fmt: skip
-    out: dict[str, Any] = {"settings": settings, **environment(seed=0)}
-    for seed, task, name, dial in jobs(a, named):
-        job = {"seed": seed, "task": task, "operator": name} | ({"dial": dict(dial)} if dial else {})
-        gone = time.monotonic() - begun
-        usual = statistics.fmean(took.values()) if took else 0.0
-        if gone + took.get((task, name), usual) > a.budget_seconds:
-            left.append(job)
-            continue
-        since = time.monotonic()
-        try:
-            row = text_run(named[name], seed, a, data) if task == "text" else recall_run(named[name], dial, seed, a)
-        except (QKVError, RuntimeError) as error:
-            failed.append(job | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"})
-            print(failed[-1], flush=True)
-            continue
-        took[task, name] = time.monotonic() - since
-        runs.append(job | row | {"seconds": took[task, name]})
-        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-        print(f"{gone:.0f} s  {task}  {name}  {dict(dial) or ''}  seed {seed}: {shown}", flush=True)
-        write_json(a.out, out | {"summary": summary(runs), "runs": runs, "left out": left, "failed": failed})
-    out |= {
-        "summary": summary(runs),
-        "runs": runs,
-        "left out": left,
-        "failed": failed,
-        "seconds": time.monotonic() - begun,
-    }
-    write_json(a.out, out)
-    return out
+    return sweep(jobs(), settings, summary, a.out, a.budget_seconds)
 
 
 def main() -> None:

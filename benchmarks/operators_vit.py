@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _sweep import sweep
 
 import qkv
-from qkv.bench.environment import environment, write_json
 from qkv.bench.fitting import fit
 from qkv.bench.images import Images, images
-from qkv.core.errors import QKVError, Refused
+from qkv.core.errors import Refused
 from qkv.layers._mixer import check_mixing
 from qkv.models.vision.vit import ViT, ViTConfig
 
@@ -98,41 +98,22 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def run_all(a: argparse.Namespace, named: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """Run what fits the budget; the file is rewritten after every run."""
-    begun, runs, left, failed = time.monotonic(), [], [], []
-    took: dict[tuple[str, str], float] = {}
+    """Every model of every seed, as far as the budget reaches."""
     data = {name: Images(*(x.to(a.device) for x in images(name))) for name in a.data}
     settings = {k: v for k, v in vars(a).items() if k not in ("out", "operators")}
     settings |= {"layers": LAYERS, "sizes": SIZES, "parameters": PARAMETERS, "rows": ROWS,
                  "operators": {n: list(s) for n, s in named.items()}}  # fmt: skip
-    out: dict[str, Any] = {"settings": settings, **environment(seed=0)}
-    for seed, name, operator in ((s, d, o) for s in range(a.seeds) for d in a.data for o in named):
-        job = {"seed": seed, "data": name, "operator": operator}
-        gone, usual = time.monotonic() - begun, statistics.fmean(took.values()) if took else 0.0
-        if gone + took.get((name, operator), usual) > a.budget_seconds:
-            left.append(job)
-            continue
-        since = time.monotonic()
-        try:
-            row = run(named[operator], name, seed, a, data[name])
-        except (QKVError, RuntimeError) as error:
-            failed.append(job | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"})
-            print(failed[-1], flush=True)
-            continue
-        took[name, operator] = time.monotonic() - since
-        runs.append(job | row | {"seconds": took[name, operator]})
-        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-        print(f"{gone:.0f} s  {name}  {operator}  seed {seed}: {shown}", flush=True)
-        write_json(a.out, out | {"summary": summary(runs), "runs": runs, "left out": left, "failed": failed})
-    out |= {
-        "summary": summary(runs),
-        "runs": runs,
-        "left out": left,
-        "failed": failed,
-        "seconds": time.monotonic() - begun,
-    }
-    write_json(a.out, out)
-    return out
+    jobs = (
+        (
+            {"seed": seed, "data": name, "operator": operator},
+            (name, operator),
+            partial(run, named[operator], name, seed, a, data[name]),
+        )
+        for seed in range(a.seeds)
+        for name in a.data
+        for operator in named
+    )
+    return sweep(jobs, settings, summary, a.out, a.budget_seconds)
 
 
 def main() -> None:
