@@ -1,8 +1,8 @@
 """Laws: what every method of a kind must keep, written once and run over every method and every form.
 
 A law is a function of a `Case` (a configured method, one of its forms, a device, a seed) that raises
-`BrokenLaw`. Files beside this one hold the laws of one kind each and are found by folder; there is no list to
-edit.
+`BrokenLaw`. Files and packages beside this one hold the laws of one kind each and are found by folder; there is
+no list to edit.
 
     @law("operator", "A query must not see later tokens.", applies=is_causal)
     def no_future_leak(case: Case) -> None: ...
@@ -164,11 +164,11 @@ def forms(kind: str) -> Callable[[Callable[[Any, str], Sequence[str]]], Callable
 
 @cache
 def _discover() -> None:
-    """Import every law file of this folder (names without a leading underscore)."""
+    """Import every law file of this folder and of the packages in it (names without a leading underscore)."""
     package = importlib.import_module("qkv.testing")
-    for info in pkgutil.iter_modules(package.__path__):
-        if not info.name.startswith("_"):
-            importlib.import_module(f"qkv.testing.{info.name}")
+    for info in pkgutil.walk_packages(package.__path__, "qkv.testing."):
+        if not info.name.rpartition(".")[2].startswith("_"):
+            importlib.import_module(info.name)
 
 
 def laws(kind: str) -> dict[str, Law]:

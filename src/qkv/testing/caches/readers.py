@@ -18,7 +18,7 @@ from torch import Tensor
 from qkv.core.cache import Board
 from qkv.core.reader import Reader
 from qkv.testing._law import Case, close, expect, law, same
-from qkv.testing.caches import CUTS, EXACT, D, G, H, Stream, drive, site, small, stream
+from qkv.testing.caches._memory import CUTS, EXACT, D, G, H, Stream, drive, site, small, stream
 
 
 def is_reader(case: Case) -> bool:
