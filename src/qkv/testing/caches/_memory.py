@@ -126,6 +126,7 @@ def places(layer: LayerCache, row: int) -> list[list[int]]:
 
 
 def close_where_real(got: Tensor, want: Tensor, tokens: Stream, atol: float, what: str) -> None:
+    """Raise `BrokenLaw` unless outputs ``[B, H, N, D]`` agree at every real token."""
     real = tokens.position[:, : got.shape[2]] >= 0
     for row in range(got.shape[0]):
         at = real[row]
