@@ -29,10 +29,13 @@ from qkv.core.errors import (
 from qkv.core.state import State
 from qkv.distill import train
 from qkv.layers import _mixer as mixing
+from qkv.layers import base_conv
 from qkv.layers._mixer import Mixer, Window, check_mixing
+from qkv.layers.base_conv import reference
 from qkv.models import saved_kind
 from qkv.models.language.causal import CausalConfig, CausalLM
 from qkv.models.language.generating import generate, prefill, stream
+from qkv.models.language.published import based
 
 torch.set_num_threads(1)
 VOCABULARY, N = 19, 13
@@ -42,6 +45,8 @@ HYBRIDS = (
     ("based", "sliding-window:window=4,sinks=0", "gla:chunk_size=4,sub_chunk=2"),
     ("longvq:block_size=2", "miras:chunk_size=4"),
     ("miras:loss=lp,retention=norm,chunk_size=3", "miras:loss=l2,retention=softmax,chunk_size=2"),
+    ("base-conv", "based", "sliding-window:window=3,sinks=0"),
+    ("base-conv:kernel=5,expand=3",),
 )
 
 
@@ -54,6 +59,7 @@ def _causal(name: str) -> bool:
 
 
 SINGLE = tuple((s.id,) for s in qkv.methods(kind="operator") if _causal(s.id))
+GROUPED = tuple(x for x in SINGLE if registry.method(x[0]).spec.gqa) + HYBRIDS[1:3] + HYBRIDS[5:6]
 EVERY = pytest.mark.parametrize("operators", SINGLE + HYBRIDS, ids=" ".join)
 
 
@@ -78,8 +84,8 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @EVERY
 @torch.no_grad()
-def test_prefill_and_steps_are_the_whole(operators: Any) -> None:
-    net, ids = model(operators), tokens(2, N)
+def test_prefill_and_steps_are_the_whole(operators: Any, **more: Any) -> None:
+    net, ids = model(operators, **more), tokens(2, N)
     whole = net(ids).logits
     out = net(ids[:, :4], keep=True)
     parts = [out.logits]
@@ -92,8 +98,8 @@ def test_prefill_and_steps_are_the_whole(operators: Any) -> None:
 
 @EVERY
 @torch.no_grad()
-def test_a_padded_row_is_the_row_alone(operators: Any) -> None:
-    net, ids, new = model(operators), tokens(2, N), tokens(2, 3, seed=1)
+def test_a_padded_row_is_the_row_alone(operators: Any, **more: Any) -> None:
+    net, ids, new = model(operators, **more), tokens(2, N), tokens(2, 3, seed=1)
     real = torch.ones(2, N, dtype=torch.bool)
     real[0, :5] = False
     both, alone = net(ids, padding=real, keep=True), net(ids[:1, 5:], keep=True)
@@ -118,8 +124,8 @@ def test_no_token_sees_a_later_one_and_rows_do_not_meet(operators: Any) -> None:
 
 @EVERY
 @torch.no_grad()
-def test_states_are_indexed_by_rows_and_are_values(operators: Any) -> None:
-    net, ids, new = model(operators), tokens(3, 6), tokens(1, 1, seed=2)
+def test_states_are_indexed_by_rows_and_are_values(operators: Any, **more: Any) -> None:
+    net, ids, new = model(operators, **more), tokens(3, 6), tokens(1, 1, seed=2)
     state = net(ids, keep=True).state
     before = {n: x.clone() for n, x in state.tensors.items()}
     rows = torch.tensor([2, 0, 0, 1])
@@ -157,6 +163,78 @@ def test_bfloat16_autocast_stays_near_float32(operators: Any) -> None:
     want = net(ids[:, :1], state=high.state).logits
     for a, b in ((low.logits, high.logits), (step, want)):
         assert bool(torch.isfinite(a).all()) and float((a.float() - b).norm() / b.norm()) < 0.1
+
+
+# -- fewer key/value heads than heads
+
+
+def repeated(few: CausalLM, **more: Any) -> CausalLM:
+    """The model with a key/value head for every head that computes the same: each one's weights written once a head."""
+    many = model(few.config.methods, **more)
+    held = few.state_dict()
+    for name, want in many.state_dict().items():
+        x = held[name]
+        held[name] = x if x.shape == want.shape else x.unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1)
+    many.load_state_dict(held)
+    return many
+
+
+@pytest.mark.parametrize("operators", GROUPED, ids=" ".join)
+@torch.no_grad()
+def test_a_group_reads_the_keys_and_values_of_its_head(operators: Any) -> None:
+    few, ids = model(operators, heads=4, kv_heads=2), tokens(2, N)
+    many = repeated(few, heads=4)
+    assert close(few(ids).logits, many(ids).logits)
+    assert CausalLM.count(few.config) < CausalLM.count(many.config)
+
+
+@pytest.mark.parametrize("operators", GROUPED, ids=" ".join)
+def test_grouped_heads_keep_the_laws_of_states(operators: Any) -> None:
+    for law in (
+        test_prefill_and_steps_are_the_whole,
+        test_a_padded_row_is_the_row_alone,
+        test_states_are_indexed_by_rows_and_are_values,
+    ):
+        law(operators, heads=4, kv_heads=1)
+
+
+def test_keys_and_values_are_kept_once_a_group() -> None:
+    def held(operators: tuple[str, ...], kv_heads: int) -> int:
+        return model(operators, conv=0, kv_heads=kv_heads, heads=4)(tokens(1, 9), keep=True).state.bytes - 8
+
+    assert 4 * (held(("full",), 1) - 9) == held(("full",), 0) - 9  # beside a flag a token
+    ring = ("sliding-window:window=4,sinks=0",)
+    assert 4 * (held(ring, 1) - 4 * 8) == held(ring, 0) - 4 * 8  # beside the slots' positions
+
+
+# -- published layouts
+
+
+def test_the_published_based_model() -> None:
+    c = based(vocabulary=50257)
+    assert [i for i, m in enumerate(c.methods) if m.id == "based"] == [1, 6, 11, 16, 21]
+    assert sum(m.id == "base-conv" for m in c.methods) == 17
+    assert CausalLM.count(c) - c.vocabulary * c.width == pytest.approx(360e6, rel=0.02)  # one matrix for both ends
+    small = CausalLM(based(6, 16, 2, window=3, vocabulary=VOCABULARY)).double().eval()
+    assert [len(b.mixer.state_dict()) for b in small.blocks][:3] == [4, 4, 4]
+    with torch.no_grad():
+        prompts = [[1, 2, 3, 4, 5, 6], [7]]
+        got = generate(small, prompts, 5)
+        assert got.tolist() == [by_hand(small, p, 5) for p in prompts]
+    with pytest.raises(InvalidParameter, match="layers=0"):
+        based(0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"kernel": 5, "expand": 1}, {"kernel": 14}], ids=str)
+def test_a_gated_convolution_is_the_one_written_out(settings: dict[str, int]) -> None:
+    built = qkv.method("base-conv", **settings).build(8, dtype=torch.float64)
+    x = torch.randn(2, N, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert close(built(x)[0], reference(built, x))
+    assert torch.autograd.gradcheck(lambda y: built(y)[0], x)
+    out = built(x)[0][0, 7].sum()
+    (seen,) = torch.autograd.grad(out, x)
+    reach = settings.get("kernel", 3)
+    assert [bool(g.any()) for g in seen[0]] == [7 - reach < t <= 7 for t in range(N)]
 
 
 # -- memory
@@ -288,6 +366,8 @@ def test_text_goes_on_from_a_state() -> None:
     ("operators", "error", "says"),
     [
         (("hydra",), Refused, "bidirectional"),
+        (("nala-block",), Refused, "is of kind layer"),
+        (("base-conv:kernel=1",), InvalidParameter, "kernel"),
         (("h2o",), Refused, "is of kind cache"),
         (("glaa",), UnknownName, "gla"),
         (("gla:chunks=3",), UnknownName, "chunk_size"),
@@ -302,11 +382,33 @@ def test_layers_that_cannot_be(operators: Any, error: type[QKVError], says: str)
 
 @pytest.mark.parametrize(
     "more",
-    [{"width": 15}, {"heads": 0}, {"conv": 1}, {"conv": -1}, {"inner": True}, {"vocabulary": 2.5}, {"rope_base": 0}],
+    [
+        {"width": 15},
+        {"heads": 0},
+        {"kv_heads": 3},
+        {"kv_heads": -1},
+        {"kv_heads": True},
+        {"kv_heads": 4},
+        {"conv": 1},
+        {"conv": -1},
+        {"inner": True},
+        {"vocabulary": 2.5},
+        {"rope_base": 0},
+    ],
 )
 def test_bad_numbers(more: dict[str, Any]) -> None:
     with pytest.raises(InvalidParameter):
         config(**more)
+
+
+def test_operators_without_groups_say_so() -> None:
+    with pytest.raises(Refused, match=r"ecoformer needs as many key/value heads as heads; leave kv_heads out"):
+        config(("gla", "ecoformer"), kv_heads=1)
+    assert config(("ecoformer",), kv_heads=2).kv_heads == 2  # as many as heads
+    with pytest.raises(InvalidParameter, match="kv_heads=3 must divide heads=2"):
+        Mixer(registry.method("gla"), 8, 2, kv_heads=3)
+    with pytest.raises(InvalidParameter, match="even"):
+        registry.method("base-conv:expand=3").build(5)
 
 
 def test_rotated_heads_are_even() -> None:
@@ -347,6 +449,17 @@ def test_states_of_others_are_refused() -> None:
     with pytest.raises(StateError, match="slots"):
         wide, narrow = (("sliding-window:window=9,sinks=0",), ("sliding-window:window=3,sinks=0",))
         model(narrow)(ids, state=model(wide)(ids, keep=True).state, keep=True)
+    conv = model(("base-conv",))(ids, keep=True).state
+    for other in (("base-conv:kernel=4",), ("base-conv:expand=2",)):
+        with pytest.raises(StateError, match="base-conv: state 'tail' has shape"):
+            model(other)(ids, state=conv)
+    for softmax in (("full",), ("sliding-window:window=3,sinks=0",)):
+        with pytest.raises(StateError, match=r"state 'k' has shape \(2, 2, [34], 8\), expected \(2, 1"):
+            model(softmax, kv_heads=1)(ids, state=model(softmax)(ids, keep=True).state)
+        with pytest.raises(StateError, match=r"shape|slots"):
+            model(softmax)(
+                ids, state=State(f"causal-lm of {softmax[0].partition(':')[0]}", {"0.position": torch.zeros(2)})
+            )
     with pytest.raises(StateError, match="cannot be taken out"):
         state.crop(1)
     with pytest.raises(StateError, match="layer 1"):
@@ -395,6 +508,8 @@ def test_damaged_and_foreign_folders(tmp_path: Any) -> None:
     broken("other operator's weights", rewrite(config=manifest["config"] | {"operators": others[::-1]}))
     with pytest.raises(SavedDataError, match=r"layer 1: full instead of gla:chunk_size=32"):
         CausalLM.from_pretrained(path, config=config(("gla", "gla:chunk_size=32")))
+    with pytest.raises(SavedDataError, match="kv_heads: 0 instead of 1"):
+        CausalLM.from_pretrained(path, config=config(("gla", "full"), kv_heads=1))
     with pytest.raises(SavedDataError, match="width: 16 instead of 32"):
         CausalLM.from_pretrained(path, config=config(("gla", "full"), width=32))
     (tmp_path / "foreign").mkdir()
@@ -433,17 +548,20 @@ def weights(path: Any) -> dict[str, Tensor]:
     return CausalLM.from_pretrained(path).state_dict()
 
 
-def test_a_run_that_was_cut_off_is_the_run_that_was_not(tmp_path: Any) -> None:
-    done = train(fresh(), rows(), tmp_path / "whole", evaluate=lambda m: {"zero": 0.0}, **QUICK)
+@pytest.mark.parametrize(
+    "made", [fresh, lambda: fresh(("base-conv", "gla", "full"), kv_heads=1)], ids=["plain", "groups"]
+)
+def test_a_run_that_was_cut_off_is_the_run_that_was_not(made: Any, tmp_path: Any) -> None:
+    done = train(made(), rows(), tmp_path / "whole", evaluate=lambda m: {"zero": 0.0}, **QUICK)
     assert done.steps == 6 and done.scores.keys() == {"untrained", "trained"} and len(done.records) >= 6
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "model")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-6")
-    again = train(fresh(), rows(), tmp_path / "cut", resume=True, **QUICK)
+    again = train(made(), rows(), tmp_path / "cut", resume=True, **QUICK)
     a, b = weights(done.path), weights(again.path)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert [r["loss"] for r in done.records if "loss" in r] == [r["loss"] for r in again.records if "loss" in r]
-    start = fresh().state_dict()
+    start = made().state_dict()
     assert any(not torch.equal(a[k], start[k]) for k in a)
 
 
@@ -456,6 +574,8 @@ def test_a_run_goes_on_only_as_itself(tmp_path: Any) -> None:
         (fresh(("full", "full")), rows(), {}, r'operators\.0\.id: "gla" -> "full"'),
         (fresh(("gla:chunk_size=32", "full")), rows(), {}, "chunk_size: 64 -> 32"),
         (fresh(conv=0), rows(), {}, "config.conv: 4 -> 0"),
+        (fresh(kv_heads=1), rows(), {}, "config.kv_heads: 0 -> 1"),
+        (fresh(("base-conv", "full")), rows(), {}, r'operators\.0\.id: "gla" -> "base-conv"'),
         (fresh(), rows(seed=1), {}, "content"),
         (fresh(), rows(), {"learning_rate": 0.5}, "learning_rate"),
         (fresh(), rows(), {"bf16": True}, "bf16: false -> true"),
@@ -532,7 +652,16 @@ def _short_ring(self: Any, k: Tensor, v: Tensor, padding: Any, position: Tensor,
     return out | {"place": out["place"].masked_fill(out["place"] == position[:, -1:], -1)}  # forgets the newest token
 
 
-CONVOLVED, FORWARD, AFTER = Mixer._convolved, Mixer.forward, Window._after
+def _interleaved(x: Tensor, heads: int) -> Tensor:
+    return HEADS(x, heads).roll(1, 1) if heads == 2 else HEADS(x, heads)  # groups read their neighbour's head
+
+
+def _forgetful(conv: Any, x: Tensor, tail: Any) -> Any:
+    return GATED(conv, x, None)
+
+
+CONVOLVED, FORWARD, AFTER, HEADS = Mixer._convolved, Mixer.forward, Window._after, Mixer._heads
+GATED = base_conv.convolved
 WINDOWS = ("sliding-window:window=4,sinks=2",)
 
 
@@ -543,8 +672,17 @@ WINDOWS = ("sliding-window:window=4,sinks=2",)
         ((Mixer, "forward"), _unblanked, test_a_padded_row_is_the_row_alone, ("gla",)),
         ((mixing, "_count"), _no_position, test_a_padded_row_is_the_row_alone, WINDOWS),
         ((Window, "_after"), _short_ring, test_prefill_and_steps_are_the_whole, WINDOWS),
+        ((Mixer, "_heads"), staticmethod(_interleaved), test_a_group_reads_the_keys_and_values_of_its_head, ("gla",)),
+        ((base_conv, "convolved"), _forgetful, test_prefill_and_steps_are_the_whole, ("base-conv",)),
     ],
-    ids=["conv tail lost", "padding seen", "padding counted", "ring too short"],
+    ids=[
+        "conv tail lost",
+        "padding seen",
+        "padding counted",
+        "ring too short",
+        "another group's head",
+        "gated tail lost",
+    ],
 )
 def test_a_law_catches(place: Any, mutant: Any, law: Any, operators: Any, monkeypatch: Any) -> None:
     law(operators)

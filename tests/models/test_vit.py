@@ -116,6 +116,21 @@ def test_bfloat16_autocast_stays_near_float32(operators: Any) -> None:
     assert bool(torch.isfinite(low).all()) and float((low.float() - high).norm() / high.norm()) < 0.1
 
 
+@pytest.mark.parametrize(
+    "operators", [x for x in SINGLE if registry.method(x[0]).spec.gqa] + [HYBRIDS[1]], ids=" ".join
+)
+@torch.no_grad()
+def test_a_group_reads_the_keys_and_values_of_its_head(operators: Any) -> None:
+    few, x = model(operators, heads=4, kv_heads=2), draw()
+    many, held = model(operators, heads=4), few.state_dict()
+    for name, want in many.state_dict().items():
+        if held[name].shape != want.shape:
+            held[name] = held[name].unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1)
+    many.load_state_dict(held)
+    assert ViT.count(few.config) < ViT.count(many.config)
+    assert torch.allclose(few(x), many(x), rtol=1e-9, atol=1e-11)
+
+
 # -- the architecture
 
 

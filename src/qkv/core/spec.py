@@ -349,16 +349,20 @@ Sampler = Callable[..., Any]
 class Place:
     """Where a layer stands in a model: what an operator's settings and learnt inputs may depend on.
 
-    layer: its number of `layers`, from 0. heads, key_width, value_width: H, D, E. grid: height and width of the tokens of an
-    image, None for a sequence.
+    layer: its number of `layers`, from 0. heads, kv_heads, key_width, value_width: H, G (0: as many as H), D, E. grid: height
+    and width of the tokens of an image, None for a sequence.
     """
 
     layer: int = 0
     layers: int = 1
     heads: int = 1
+    kv_heads: int = 0
     key_width: int = 1
     value_width: int = 1
     grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

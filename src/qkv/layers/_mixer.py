@@ -3,11 +3,14 @@ r"""A token mixer around any operator: projections, what the operator learns, it
     y = x + silu(conv(x)),   q, k, v = f(W y),   out = W_o norm(operator(q, k, v, learnt inputs))
 
 The convolution is causal, per channel, and left out for images; norm is RMS over all heads, without weights. The operator's file
-says which feature maps f, key width and learnt inputs belong to it (`qkv.core.operator.Wiring`, `qkv.core.spec.Learnt`).
+says which feature maps f, key width and learnt inputs belong to it (`qkv.core.operator.Wiring`, `qkv.core.spec.Learnt`). With
+fewer key/value heads than heads, each is read by a group of neighbouring heads, where the operator allows it (``gqa``).
 Causal mixers decode from a `State`: that of a recurrent operator, a ring of the newest tokens for a sliding window (both
 constant), all keys and values for other operators. Rows may be padded on the left.
 
-Axes: B batch, N tokens, W width, H heads, D key width, E value width, S stored slots.
+A `MixingLayer` (`base-conv`) stands in the same place with a module of its own.
+
+Axes: B batch, N tokens, W width, H heads, G key/value heads, D key width, E value width, S stored slots.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from qkv.core.attend import sdpa
 from qkv.core.errors import InvalidInput, InvalidParameter, Refused, StateError
+from qkv.core.layer import Layer
 from qkv.core.operator import Operator, Wiring
 from qkv.core.spec import Extra, Learnt, Method, Place
 from qkv.core.state import State
@@ -30,13 +34,29 @@ Tensors = dict[str, Tensor]
 SHORT = 1024  # tokens up to which a window's mask is written out
 
 
-def check_mixing(method: Method, *, causal: bool) -> Method:
-    """The method, when a mixer can hold it. Raises `Refused`."""
+class MixingLayer(Layer):
+    """Base of layers that mix the tokens of a causal sequence without an operator.
+
+    Their modules are called as a `Mixer` is, ``module(x, padding=, state=, keep=) -> (out, State | None)``, and say whose states
+    they take (``owner``).
+    """
+
+
+def check_mixing(method: Method, *, causal: bool, grouped: bool = False) -> Method:
+    """The method, when a layer can mix by it. grouped: with fewer key/value heads than heads. Raises `Refused`."""
     if isinstance(method, SlidingWindow):
+        return method
+    if isinstance(method, MixingLayer):
+        if not causal:
+            raise Refused(f"{method.id} is causal by definition: it cannot be a layer of a bidirectional model")
         return method
     if not isinstance(method, Operator):
         raise Refused(f"{method.id} is of kind {method.spec.kind}; a layer mixes its tokens by an operator "
-                      "(`qkv.methods(kind='operator')`) or by sliding-window")  # fmt: skip
+                      "(`qkv.methods(kind='operator')`), by sliding-window or by base-conv")  # fmt: skip
+    if grouped and not method.spec.gqa:
+        raise Refused(
+            f"{method.id} needs as many key/value heads as heads; leave kv_heads out (0) in a model that has it"
+        )
     if causal and method.spec.causal == "never":
         raise Refused(f"{method.id} is bidirectional by definition: it cannot be a layer of a causal model")
     if not causal and method.spec.causal == "only":
@@ -63,24 +83,26 @@ def placed(method: Method, place: Place) -> Method:
 class Mixer(nn.Module):
     """One layer of token mixing ``[B, N, W] -> [B, N, W]``.
 
-    method: an operator or sliding-window. heads: of width W / heads. conv: tokens of the convolution, 0 for none. key_width: D,
-    None for what the operator asks for. Raises `InvalidParameter`, `Refused`.
+    method: an operator or sliding-window. heads: of width W / heads. kv_heads: G, divides H, 0 for H. conv: tokens of the
+    convolution, 0 for none. key_width: D, None for what the operator asks for. Raises `InvalidParameter`, `Refused`.
     """
 
     def __init__(
         self, method: Method, width: int, heads: int, *, causal: bool = True, conv: int = 4, layer: int = 0, layers: int = 1,
-        grid: tuple[int, int] | None = None, key_width: int | None = None, rope_base: float = 10000.0,
+        grid: tuple[int, int] | None = None, key_width: int | None = None, rope_base: float = 10000.0, kv_heads: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         if width % heads:
             raise InvalidParameter(f"width={width} must be a multiple of heads={heads}")
+        if kv_heads < 0 or heads % (kv_heads or heads):
+            raise InvalidParameter(f"kv_heads={kv_heads} must divide heads={heads}, or be 0 for as many")
         if not causal and conv:
             raise InvalidParameter(f"conv={conv}: the convolution is causal; a bidirectional mixer has none (conv=0)")
-        check_mixing(method, causal=causal)
+        check_mixing(method, causal=causal, grouped=0 < kv_heads < heads)
         self.wiring = method.spec.wiring if isinstance(method, Operator) else Wiring(rotary=True)
         value_width = width // heads
         self.place = Place(
-            layer=layer, layers=layers, heads=heads, value_width=value_width, grid=grid,
+            layer=layer, layers=layers, heads=heads, kv_heads=kv_heads, value_width=value_width, grid=grid,
             key_width=key_width or self.wiring.key_width or value_width,
         )  # fmt: skip
         self.method = placed(method, self.place)
@@ -91,8 +113,8 @@ class Mixer(nn.Module):
             )
         self.conv = nn.Conv1d(width, width, conv, groups=width) if conv else None
         self.query = nn.Linear(width, heads * self.place.key_width, bias=False)
-        self.key = nn.Linear(width, heads * self.place.key_width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, self.place.kv_heads * self.place.key_width, bias=False)
+        self.value = nn.Linear(width, self.place.kv_heads * value_width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.learnt = nn.ModuleDict()
         for name, extra in method.spec.extras.items() if isinstance(method, Operator) else ():
@@ -119,7 +141,7 @@ class Mixer(nn.Module):
         y, tail = self._convolved(x, held)
         start = x.new_zeros(x.shape[0], dtype=torch.int64) if held is None else held["position"]
         position = start[:, None] + _count(padding, x)
-        q, k, v = (self._heads(p(y)) for p in (self.query, self.key, self.value))
+        q, k, v = (self._heads(p(y), g) for p, g in self._projections)
         q = q if self.wiring.queries is None else self.wiring.queries(q)
         k = k if self.wiring.keys is None else self.wiring.keys(k)
         if self.wiring.rotary and self.causal:
@@ -143,9 +165,16 @@ class Mixer(nn.Module):
         """Whose states this mixer takes."""
         return f"mixer of {self.method.id}"
 
-    def _heads(self, x: Tensor) -> Tensor:
+    @property
+    def _projections(self) -> tuple[tuple[nn.Linear, int], ...]:
+        """The projections and how many heads each makes."""
+        h, g = self.place.heads, self.place.kv_heads
+        return (self.query, h), (self.key, g), (self.value, g)
+
+    @staticmethod
+    def _heads(x: Tensor, heads: int) -> Tensor:
         """``[B, N, H w] -> [B, H, N, w]``."""
-        return x.unflatten(-1, (self.place.heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def _checked(self, state: State, x: Tensor) -> Tensors:
         shapes = {"position": (x.shape[0],)} | ({"tail": (x.shape[0], self.taps - 1, x.shape[2])} if self.taps else {})
@@ -155,9 +184,19 @@ class Mixer(nn.Module):
         """The tokens plus silu(conv), and the inputs that the next tokens need, ``[B, taps - 1, W]``."""
         if self.conv is None:
             return x, None
-        before = x.new_zeros(x.shape[0], self.taps - 1, x.shape[2]) if held is None else held["tail"].to(x.dtype)
-        all_ = torch.cat((before, x), 1)
-        return x + F.silu(self.conv(all_.mT).mT), all_[:, all_.shape[1] - self.taps + 1 :]
+        y, tail = convolved(self.conv, x, None if held is None else held["tail"])
+        return x + F.silu(y), tail
+
+
+def convolved(conv: nn.Conv1d, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A causal convolution of k taps over tokens ``[B, N, C]`` after the inputs `tail` ``[B, k - 1, C]`` (None: a start).
+
+    Returns its outputs ``[B, N, C]`` and the inputs that the next tokens need.
+    """
+    taps = conv.kernel_size[0]
+    before = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if tail is None else tail.to(x.dtype)
+    all_ = torch.cat((before, x), 1)
+    return conv(all_.mT).mT, all_[:, all_.shape[1] - taps + 1 :]
 
 
 def _count(padding: Tensor | None, x: Tensor) -> Tensor:
@@ -206,9 +245,9 @@ class Projected(nn.Module):
 
     def __init__(self, learnt: Learnt, width: int, place: Place) -> None:
         super().__init__()
-        self.learnt, self.heads = learnt, place.heads
+        self.learnt, self.heads = learnt, place.kv_heads if learnt.axes[1] == "g" else place.heads
         self.per = {"": 0, "d": place.key_width, "e": place.value_width}[learnt.axes[3:]]
-        out = place.heads * max(1, self.per)
+        out = self.heads * max(1, self.per)
         self.down = nn.Linear(width, learnt.rank, bias=False) if learnt.rank else None
         self.up = nn.Linear(learnt.rank or width, out)
         assert isinstance(learnt.start, (int, float)), "a projection begins with a number"
@@ -231,7 +270,7 @@ class Stored(nn.Module):
         if callable(learnt.start):
             raw = _begun(learnt.start, place).to(torch.get_default_device(), torch.get_default_dtype())
         else:
-            sizes = {"h": place.heads, "g": place.heads, "d": place.key_width, "e": place.value_width}
+            sizes = {"h": place.heads, "g": place.kv_heads, "d": place.key_width, "e": place.value_width}
             raw = torch.full([sizes[a] for a in learnt.axes], float(learnt.start))
         if learnt.trained:
             self.raw = nn.Parameter(raw)
@@ -310,6 +349,8 @@ class Growing:
             raise Refused(f"{self.method.id} has no state and takes no more keys than queries: it cannot decode")
         real = torch.ones_like(position, dtype=torch.bool) if padding is None else padding
         if held is not None:
+            slots = held["real"].shape[-1] if "real" in held else 0
+            _fits(self.method.id, held, k, v, slots, real=(k.shape[0], slots))
             k, v = torch.cat((held["k"], k.to(held["k"])), 2), torch.cat((held["v"], v.to(held["v"])), 2)
             real = torch.cat((held["real"], real), 1)
         out = self.method(q.to(k), k, v, padding=real if held is not None or padding is not None else None, **extras)
@@ -325,6 +366,11 @@ class Window:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Any], padding: Tensor | None,
                  position: Tensor, held: Tensors | None, keep: bool, seen: int) -> tuple[Tensor, Tensors | None]:  # fmt: skip
         """See `Memory`."""
+        if held is not None:
+            size, found = self.method.sinks + self.method.window, held["place"].shape[-1] if "place" in held else 0
+            if found != size:
+                raise StateError(f"sliding-window: the state holds {found} slots, this window needs {size}")
+            _fits("sliding-window", held, k, v, size, place=(k.shape[0], size))
         if held is None and (q.shape[2] > SHORT or not self.causal):
             mask = None if padding is None else padding[:, None, None, :]
             out = self.method.attention(q, k, v, mask=mask, causal=self.causal)
@@ -354,10 +400,6 @@ class Window:
         if held is None:
             held = {"k": k.new_zeros(*k.shape[:2], size, k.shape[3]), "v": v.new_zeros(*v.shape[:2], size, v.shape[3]),
                     "place": position.new_full((b, size), -1)}  # fmt: skip
-        elif held["place"].shape[1] != size:
-            raise StateError(
-                f"sliding-window: the state holds {held['place'].shape[1]} slots, this window needs {size}"
-            )
         newest = position[:, -1:]  # rows are padded on the left
         stays = (position < sinks) | (newest - position < self.method.window)
         if padding is not None:
@@ -370,6 +412,12 @@ class Window:
             out[name] = old.scatter(2, slot[:, None, :, None].expand_as(x), x.to(old))[:, :, :size]
         out["place"] = F.pad(held["place"], (0, 1)).scatter(1, slot, position)[:, :size]
         return out
+
+
+def _fits(who: str, held: Tensors, k: Tensor, v: Tensor, slots: int, **shapes: tuple[int, ...]) -> None:
+    """Raise `StateError` unless what is held are `slots` keys and values as wide and as many heads as new ones, and `shapes`."""
+    (b, g, _, d), e = k.shape, v.shape[3]
+    State(who, held).of(who, k=(b, g, slots, d), v=(b, g, slots, e), **shapes)
 
 
 def check_left_padded(padding: Tensor | None, ids: Tensor) -> Tensor | None:

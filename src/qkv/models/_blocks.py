@@ -18,7 +18,7 @@ from qkv.core.errors import InvalidParameter, QKVError, SavedDataError
 from qkv.core.spec import Method, near
 from qkv.core.state import State
 from qkv.hosts.stack import read_folder, write_folder
-from qkv.layers._mixer import Mixer, check_mixing
+from qkv.layers._mixer import Mixer, MixingLayer, check_mixing
 
 M = TypeVar("M", bound="Saved")
 
@@ -27,10 +27,18 @@ M = TypeVar("M", bound="Saved")
 class ModelConfig:
     """Base of the small models' configurations: frozen, comparable, plain data in JSON.
 
-    operators: one setting per layer (``"gla"``, ``"full"``, ``"sliding-window:window=128"``, or a configuration).
+    operators: one setting per layer (``"gla"``, ``"full"``, ``"sliding-window:window=128"``, ``"base-conv"``, or a
+    configuration). width: of the residual stream. heads: of every operator, divide the width. kv_heads: key/value heads, divide
+    the heads; 0 for as many. inner: width of the gated layers, 0 for 8/3 of the width in steps of 32. key_width: D of every
+    head, 0 for what each operator asks for.
     """
 
     operators: tuple[Method | str, ...] = ("gla", "gla", "gla", "gla")
+    width: int = 256
+    heads: int = 4
+    kv_heads: int = 0
+    inner: int = 0
+    key_width: int = 0
     causal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -39,9 +47,15 @@ class ModelConfig:
             raise InvalidParameter(
                 f"operators={given!r} must be a list with one setting per layer, e.g. ('gla', 'full')"
             )
+        self.positive("width", "heads")
+        self.natural("kv_heads", "inner", "key_width")
+        if self.width % self.heads:
+            raise InvalidParameter(f"width={self.width} must be a multiple of heads={self.heads}")
+        if self.heads % (self.kv_heads or self.heads):
+            raise InvalidParameter(f"kv_heads={self.kv_heads} must divide heads={self.heads}, or be 0 for as many")
         methods = tuple(registry.method(x) for x in given)
         for method in methods:
-            check_mixing(method, causal=self.causal)
+            check_mixing(method, causal=self.causal, grouped=0 < self.kv_heads < self.heads)
         object.__setattr__(self, "operators", methods)
         self.check()
 
@@ -90,11 +104,18 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidParameter(f"{name}={value!r} must be an int of at least 1")
 
+    def natural(self, *names: str) -> None:
+        """Raise `InvalidParameter` unless these fields are ints of at least 1, or 0."""
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise InvalidParameter(f"{name}={value!r} must be an int of at least 1, or 0")
+
 
 class Block(nn.Module):
     """A mixer and a gated layer, each on the normalised residual stream."""
 
-    def __init__(self, mixer: Mixer, width: int, inner: int) -> None:
+    def __init__(self, mixer: nn.Module, width: int, inner: int) -> None:
         super().__init__()
         self.before, self.between = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
         self.mixer = mixer
@@ -109,6 +130,16 @@ class Block(nn.Module):
         x = x + mixed
         y = self.between(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y)), state
+
+
+def mixer(method: Method, config: Any, layer: int, **more: Any) -> nn.Module:
+    """What mixes the tokens in a layer of a model of this configuration: a `Mixer`, or a module of its own."""
+    if isinstance(method, MixingLayer):
+        return method.build(config.width)
+    return Mixer(
+        method, config.width, config.heads, kv_heads=config.kv_heads, layer=layer, layers=config.layers,
+        key_width=config.key_width or None, **more,
+    )  # fmt: skip
 
 
 def gated_width(width: int, inner: int) -> int:

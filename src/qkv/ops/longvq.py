@@ -253,9 +253,9 @@ def _normal(*shape: int, **kwargs: Any) -> Tensor:
 
 
 def _codes(place: Place) -> Tensor:
-    """64 codes a head to begin with, each layer its own."""
+    """64 codes a key/value head to begin with, each layer its own."""
     draw = torch.Generator().manual_seed(place.layer)
-    return torch.randn(place.heads, 64, place.key_width, generator=draw)
+    return torch.randn(place.kv_heads, 64, place.key_width, generator=draw)
 
 
 @final

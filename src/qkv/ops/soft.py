@@ -236,8 +236,8 @@ def _settings(place: Place) -> dict[str, Any]:
 
 
 def _fixed(place: Place) -> Tensor:
-    """What a causal layer learns instead of averaging: 16 landmarks a head."""
-    return torch.randn(place.heads, 16, place.key_width, generator=torch.Generator().manual_seed(place.layer))
+    """What a causal layer learns instead of averaging: 16 landmarks a key/value head."""
+    return torch.randn(place.kv_heads, 16, place.key_width, generator=torch.Generator().manual_seed(place.layer))
 
 
 @final

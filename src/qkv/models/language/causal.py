@@ -18,38 +18,29 @@ from torch import Tensor, nn
 
 from qkv.core.errors import InvalidInput, InvalidParameter, StateError
 from qkv.core.state import State
-from qkv.layers._mixer import Mixer, check_left_padded
-from qkv.models._blocks import Block, ModelConfig, Saved, fitted, gated_width, initialise
+from qkv.layers._mixer import check_left_padded
+from qkv.models._blocks import Block, ModelConfig, Saved, fitted, gated_width, initialise, mixer
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class CausalConfig(ModelConfig):
-    """Shape of a `CausalLM`.
+    """Shape of a `CausalLM`; see `ModelConfig` for what all small models share.
 
-    vocabulary: tokens; 256 for bytes. inner: width of the gated layers, 0 for 8/3 of the width in steps of 32. conv: tokens
-    of the short convolution in every mixer, 0 for none. key_width: D of every head, 0 for what each operator asks for.
+    vocabulary: tokens; 256 for bytes. conv: tokens of the short convolution in every mixer, 0 for none (`base-conv` brings its
+    own). rope_base: of the layers that rotate positions into queries and keys.
     """
 
     vocabulary: int = 256
-    width: int = 256
-    heads: int = 4
-    inner: int = 0
     conv: int = 4
-    key_width: int = 0
     rope_base: float = 10000.0
 
     def check(self) -> None:
         """See `ModelConfig.check`."""
-        self.positive("vocabulary", "width", "heads")
-        for name in ("inner", "conv", "key_width"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0 or (name == "conv" and value == 1):
-                raise InvalidParameter(
-                    f"{name}={value!r} must be an int of at least {2 if name == 'conv' else 1}, or 0"
-                )
-        if self.width % self.heads:
-            raise InvalidParameter(f"width={self.width} must be a multiple of heads={self.heads}")
+        self.positive("vocabulary")
+        self.natural("conv")
+        if self.conv == 1:
+            raise InvalidParameter("conv=1 must be an int of at least 2, or 0 for no convolution")
         if not self.rope_base > 0:
             raise InvalidParameter(f"rope_base={self.rope_base} must be positive")
 
@@ -78,9 +69,8 @@ class CausalLM(Saved):
         self.embed = nn.Embedding.from_pretrained(torch.empty(c.vocabulary, c.width), freeze=False)
         self.blocks = nn.ModuleList()
         for i, method in enumerate(c.methods):
-            mixer = Mixer(method, c.width, c.heads, conv=c.conv, layer=i, layers=c.layers, key_width=c.key_width or None,
-                          rope_base=c.rope_base)  # fmt: skip
-            self.blocks.append(Block(mixer, c.width, gated_width(c.width, c.inner)))
+            mixed = mixer(method, c, i, conv=c.conv, rope_base=c.rope_base)
+            self.blocks.append(Block(mixed, c.width, gated_width(c.width, c.inner)))
         self.last = nn.RMSNorm(c.width, eps=1e-6)
         self.head = nn.Linear(c.width, c.vocabulary, bias=False)
         if not self.head.weight.is_meta:

@@ -18,17 +18,15 @@ from torch import Tensor, nn
 
 from qkv.core.errors import InvalidInput, InvalidParameter
 from qkv.core.spec import Method
-from qkv.layers._mixer import Mixer
-from qkv.models._blocks import Block, ModelConfig, Saved, fitted, gated_width, initialise
+from qkv.models._blocks import Block, ModelConfig, Saved, fitted, gated_width, initialise, mixer
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(ModelConfig):
-    """Shape of a `ViT`.
+    """Shape of a `ViT`; see `ModelConfig` for what all small models share.
 
-    size: height and width of the images in pixels. patch: side of a patch, divides both. inner: width of the gated layers, 0
-    for 8/3 of the width in steps of 32. key_width: D of every head, 0 for what each operator asks for.
+    size: height and width of the images in pixels. patch: side of a patch, divides both.
     """
 
     operators: tuple[Method | str, ...] = ("full", "full", "full", "full")
@@ -37,14 +35,11 @@ class ViTConfig(ModelConfig):
     patch: int = 4
     classes: int = 10
     width: int = 128
-    heads: int = 4
-    inner: int = 0
-    key_width: int = 0
     causal: ClassVar[bool] = False
 
     def check(self) -> None:
         """See `ModelConfig.check`."""
-        self.positive("channels", "patch", "classes", "width", "heads")
+        self.positive("channels", "patch", "classes")
         size = tuple(self.size) if isinstance(self.size, (tuple, list)) else ()
         if len(size) != 2 or any(
             isinstance(n, bool) or not isinstance(n, int) or n < 1 or n % self.patch for n in size
@@ -53,12 +48,6 @@ class ViTConfig(ModelConfig):
                 f"size={self.size!r} must be (height, width) in pixels, multiples of patch={self.patch}"
             )
         object.__setattr__(self, "size", size)
-        for name in ("inner", "key_width"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise InvalidParameter(f"{name}={value!r} must be an int of at least 1, or 0")
-        if self.width % self.heads:
-            raise InvalidParameter(f"width={self.width} must be a multiple of heads={self.heads}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -84,9 +73,8 @@ class ViT(Saved):
         self.positions = nn.Embedding.from_pretrained(torch.empty(c.grid[0] * c.grid[1], c.width), freeze=False)
         self.blocks = nn.ModuleList()
         for i, method in enumerate(c.methods):
-            mixer = Mixer(method, c.width, c.heads, causal=False, conv=0, layer=i, layers=c.layers, grid=c.grid,
-                          key_width=c.key_width or None)  # fmt: skip
-            self.blocks.append(Block(mixer, c.width, gated_width(c.width, c.inner)))
+            mixed = mixer(method, c, i, causal=False, conv=0, grid=c.grid)
+            self.blocks.append(Block(mixed, c.width, gated_width(c.width, c.inner)))
         self.last = nn.RMSNorm(c.width, eps=1e-6)
         self.head = nn.Linear(c.width, c.classes)
         if not self.head.weight.is_meta:
