@@ -1,26 +1,53 @@
-"""Charts as inline SVG: no script, no font, no request. Every text passes `tag`, which escapes it.
+"""Charts as SVG: no script, no font, no request. Every text passes `tag`, which escapes it.
 
 A series is told apart by its number as well as by its colour: each badge carries the number that the legend gives the
-method. Colours are CSS variables (``--c0`` ...), so that one SVG serves light and dark pages.
+method. Colours are CSS variables (``--c0`` ...), so that one SVG serves light and dark pages. A page that shows charts
+inline holds `COLOURS_CSS` and `CHART_CSS`; `alone` makes a file of a chart, with both and a legend inside.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 280
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 42
 COLOURS = 7
+LEGEND_ROW, LETTER = 20, 6.2
 _MOST = 1e30  # an axis ends here, whatever a broken method gave
 BADGE = 8.5
 
 Point = tuple[float, float]
+
+LIGHT = """--page: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #d5dae0; --onc: #ffffff;
+  --c0: #1b1f24; --c1: #0b6cb3; --c2: #c04d00; --c3: #00785a; --c4: #a83f7c; --c5: #8a6300; --c6: #5a4fcf; --c7: #4d6470;"""
+DARK = """--page: #12161b; --ink: #e6eaee; --soft: #a0aab4; --line: #343c45; --onc: #12161b;
+  --c0: #e6eaee; --c1: #5db5f0; --c2: #f58a42; --c3: #3fcf9f; --c4: #eb8fc4; --c5: #e6b84a; --c6: #a9a0ff; --c7: #a9bcc7;"""
+COLOURS_CSS = Markup(f""":root {{ color-scheme: light dark; {LIGHT} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}""")
+"""The colours, light and dark, as variables."""
+CHART_CSS = Markup(""".tick { fill: var(--soft); font-size: 11px; }
+.axis { fill: var(--ink); font-size: 12px; }
+.grid { stroke: var(--line); stroke-width: 1; }
+.full { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 3; }
+.frontier { fill: none; stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 4; }
+.c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
+.c4 { color: var(--c4); } .c5 { color: var(--c5); } .c6 { color: var(--c6); } .c7 { color: var(--c7); }
+.line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; }
+.leader { stroke: currentColor; stroke-width: 1; opacity: .7; }
+.dot { fill: currentColor; }
+.badge { fill: currentColor; stroke: var(--page); stroke-width: 1; }
+.number { fill: var(--onc); font-size: 10px; font-weight: 700; }""")
+"""What the classes of a chart look like."""
+ALONE_CSS = Markup("""text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+.page { fill: var(--page); } .title { fill: var(--ink); font-size: 13px; font-weight: 600; }
+.name { fill: var(--ink); font-size: 11px; }""")
 
 
 @dataclass(frozen=True)
@@ -48,18 +75,19 @@ def _short(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Axis:
-    """Data to pixels. log: base 10. floor: smaller values (zero as well) are drawn at it."""
+    """Data to pixels. log: base 10. floor: smaller values (zero as well) are drawn at it. height: of the chart."""
 
     low: float
     high: float
     log: bool = False
     vertical: bool = False
     floor: float | None = None
+    height: int = HEIGHT
 
     @classmethod
     def over(
         cls, values: Sequence[float], *, log: bool = False, vertical: bool = False, floor: float | None = None,
-        zero: bool = False, least: float | None = None,
+        zero: bool = False, least: float | None = None, height: int = HEIGHT,
     ) -> Axis:  # fmt: skip
         """An axis that shows all values with some air; zero: it starts at 0; least: it reaches at least so far."""
         finite = [min(v if floor is None else max(v, floor), _MOST) for v in values if math.isfinite(v)]
@@ -70,9 +98,9 @@ class Axis:
         if log:
             a, b = math.log10(low), math.log10(high)
             air = max(0.08 * (b - a), 0.12)
-            return cls(10 ** (a - air), 10 ** (b + air), True, vertical, floor)
+            return cls(10 ** (a - air), 10 ** (b + air), True, vertical, floor, height)
         air = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
-        return cls(0.0 if zero else low - air, high + air, False, vertical, floor)
+        return cls(0.0 if zero else low - air, high + air, False, vertical, floor, height)
 
     def __call__(self, value: float) -> float:
         """The pixel of a value (clamped to the frame)."""
@@ -82,7 +110,7 @@ class Axis:
         a, b = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
         share = ((math.log10(value) if self.log else value) - a) / (b - a)
         if self.vertical:
-            return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+            return self.height - BOTTOM - share * (self.height - TOP - BOTTOM)
         return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     def ticks(self) -> list[float]:
@@ -114,6 +142,14 @@ def plain_number(x: float) -> str:
     return f"{x:.10g}"
 
 
+def thousands(x: float) -> str:
+    """A large count as a tick's text: 200k, 3M."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(x) >= scale:
+            return f"{x / scale:.4g}{unit}"
+    return f"{x:.4g}"
+
+
 def per_cent(x: float) -> str:
     """A share as a tick's text."""
     return f"{100 * x:.10g}%"
@@ -123,7 +159,7 @@ def _frame(
     x: Axis, y: Axis, x_text: str, y_text: str, x_ticks: Sequence[float], x_format: Callable[[float], str],
     y_format: Callable[[float], str],
 ) -> list[Markup]:  # fmt: skip
-    out = []
+    out, bottom = [], y.height - BOTTOM
     for v in y.ticks():
         at = y(v)
         out.append(tag("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=at, y2=at))
@@ -131,20 +167,20 @@ def _frame(
         out.append(tag("text", mark + y_format(v), class_="tick", x=LEFT - 6, y=at + 4, text_anchor="end"))
     for v in x_ticks:
         at = x(v)
-        out.append(tag("line", class_="grid", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM))
-        out.append(tag("text", x_format(v), class_="tick", x=at, y=HEIGHT - BOTTOM + 16, text_anchor="middle"))
+        out.append(tag("line", class_="grid", x1=at, x2=at, y1=TOP, y2=bottom))
+        out.append(tag("text", x_format(v), class_="tick", x=at, y=bottom + 16, text_anchor="middle"))
     middle = (LEFT + WIDTH - RIGHT) / 2
-    out.append(tag("text", x_text, class_="axis", x=middle, y=HEIGHT - 6, text_anchor="middle"))
-    half = (TOP + HEIGHT - BOTTOM) / 2
+    out.append(tag("text", x_text, class_="axis", x=middle, y=y.height - 6, text_anchor="middle"))
+    half = (TOP + bottom) / 2
     turn = f"rotate(-90 11 {half:.0f})"
     out.append(tag("text", y_text, class_="axis", x=11, y=half, text_anchor="middle", transform=turn))
     return out
 
 
-def _svg(title: str, says: str, *children: Any) -> Markup:
+def _svg(title: str, says: str, *children: Any, height: int = HEIGHT) -> Markup:
     return tag(
         "svg", tag("title", title), tag("desc", says), *children,
-        viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{title}. {says}", class_="chart",
+        viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=f"{title}. {says}", class_="chart",
     )  # fmt: skip
 
 
@@ -168,24 +204,34 @@ def badge(number: int) -> Markup:
     )
 
 
-def _badges(wanted: Sequence[tuple[int, str, Point]], only_vertical: bool = False) -> list[Markup]:
-    """Badges near their points, pushed apart until none hides another or a point, each tied to its point by a line."""
+def _badges(
+    wanted: Sequence[tuple[int, str, Point]],
+    only_vertical: bool = False,
+    off: Sequence[Point] = (),
+    height: int = HEIGHT,
+) -> list[Markup]:
+    """Badges near their points, pushed apart until none hides another or a point (one of `off` neither), each tied to its
+    point by a line.
+    """
     points = [p for _, _, p in wanted]
-    places = _beside(points) if only_vertical else _around(points)
+    places = _beside(points, height) if only_vertical else _around(points, [*points, *off], height)
     under, over = [], []
     for (number, text, (px, py)), (bx, by) in zip(wanted, places, strict=True):
         line = tag("line", class_="leader", x1=px, y1=py, x2=bx, y2=by)
         dot = tag("circle", class_="dot", cx=px, cy=py, r=3.2)
         under.append(tag("g", line, dot, class_=_colour(number)))
-        circle = tag("circle", class_="badge", cx=bx, cy=by, r=BADGE)
-        name = tag("text", number, class_="number", x=bx, y=by + 3.5, text_anchor="middle")
-        over.append(tag("g", tag("title", text), circle, name, class_=_colour(number)))
+        over.append(tag("g", tag("title", text), *_numbered(number, bx, by), class_=_colour(number)))
     return under + over
 
 
-def _beside(points: Sequence[Point]) -> list[list[float]]:
+def _numbered(number: int, x: float, y: float) -> tuple[Markup, Markup]:
+    circle = tag("circle", class_="badge", cx=x, cy=y, r=BADGE)
+    return circle, tag("text", number, class_="number", x=x, y=y + 3.5, text_anchor="middle")
+
+
+def _beside(points: Sequence[Point], height: int) -> list[list[float]]:
     """Places right of the points, in their order from top to bottom, as far apart as the frame allows."""
-    low, high = BADGE + 1, HEIGHT - BOTTOM - BADGE
+    low, high = BADGE + 1, height - BOTTOM - BADGE
     gap = min(2 * BADGE + 1.5, (high - low) / max(1, len(points) - 1))
     order = sorted(range(len(points)), key=lambda i: (points[i][1], i))
     places = [[p[0] + 13.0, min(high, max(low, p[1]))] for p in points]
@@ -198,15 +244,16 @@ def _beside(points: Sequence[Point]) -> list[list[float]]:
     return places
 
 
-def _around(points: Sequence[Point]) -> list[list[float]]:
-    """Places near the points, pushed off each other and off all points, within the frame."""
-    places = [[p[0] + (3 if i % 2 else -3), p[1] - 14.0] for i, p in enumerate(points)]
-    for _ in range(600 if len(points) <= 16 else 100):
+def _around(points: Sequence[Point], off: Sequence[Point], height: int) -> list[list[float]]:
+    """Places near the points, pushed off each other and off `off`, within the frame."""
+    places = [[round(p[0] + (3 if i % 2 else -3), 1), round(p[1] - 14.0, 1)] for i, p in enumerate(points)]
+    off = [(round(x, 1), round(y, 1)) for x, y in off]  # so that no machine's last digit moves a badge
+    for _ in range(600 if len(points) <= 32 else 100):
         moved = _push_apart(places)
-        moved = _push_off(places, points) or moved
+        moved = _push_off(places, off) or moved
         for place in places:
             place[0] = min(WIDTH - BADGE - 1, max(LEFT + BADGE, place[0]))
-            place[1] = min(HEIGHT - BOTTOM - BADGE, max(BADGE + 1, place[1]))
+            place[1] = min(height - BOTTOM - BADGE, max(BADGE + 1, place[1]))
         if not moved:
             break
     return places
@@ -256,16 +303,12 @@ def frontier(
     xs, ys = [p[0] for _, p in points], [p[1] for _, p in points]
     x = Axis.over(xs, zero=True, least=1.0)
     y = Axis.over(ys, log=y_log, vertical=True, floor=floor)
-    best: list[Point] = []
-    for p in sorted({p for _, p in points}):
-        if not best or p[1] < best[-1][1]:
-            best.append(p)
-    steps = " ".join(f"{'L' if i else 'M'}{x(a):.1f} {y(b):.1f}" for i, (a, b) in enumerate(_stairs(best)))
+    steps = _frontier([p for _, p in points], x, y)
     said = [f"{s.text}: {per_cent(round(p[0], 3))}, {plain_number(float(f'{p[1]:.3g}'))}" for s, p in points]
     whole = tag("line", class_="full", x1=x(1.0), x2=x(1.0), y1=TOP, y2=HEIGHT - BOTTOM)
     badges = _badges([(s.number, t, (x(p[0]), y(p[1]))) for (s, p), t in zip(points, said, strict=True)])
     frame = _frame(x, y, x_text, y_text, x.ticks(), per_cent, plain_number)
-    return _svg(title, "; ".join(said), *frame, whole, tag("path", d=steps, class_="frontier"), *badges)
+    return _svg(title, "; ".join(said), *frame, whole, steps, *badges)
 
 
 def _stairs(points: Sequence[Point]) -> list[Point]:
@@ -277,18 +320,39 @@ def _stairs(points: Sequence[Point]) -> list[Point]:
     return out
 
 
+def _frontier(points: Sequence[Point], x: Axis, y: Axis, more: bool = False) -> Markup:
+    """The line that joins what nothing else beats on both counts: small y, and small x (or large x where more is better)."""
+    best: list[Point] = []
+    for p in sorted(set(points), key=lambda p: (-p[0] if more else p[0], p[1])):
+        if not best or p[1] < best[-1][1]:
+            best.append(p)
+    steps = " ".join(f"{'L' if i else 'M'}{x(a):.1f} {y(b):.1f}" for i, (a, b) in enumerate(_stairs(best)))
+    return tag("path", d=steps, class_="frontier")
+
+
 def curves(
     title: str, series: Sequence[Series], x_text: str, y_text: str, *, x_log: bool = False, y_log: bool = False,
-    floor: float | None = None, y_format: Callable[[float], str] = plain_number, zero: bool = False,
-    x_ticks: Sequence[float] | None = None, marks: bool = True,
+    floor: float | None = None, x_format: Callable[[float], str] = plain_number,
+    y_format: Callable[[float], str] = plain_number, zero: bool = False, x_ticks: Sequence[float] | None = None,
+    marks: bool = True, around: bool = False, best: Literal["less", "more"] | None = None, x_mark: float | None = None,
+    height: int = HEIGHT,
 ) -> Markup:  # fmt: skip
-    """One line a method, its badge at the right end."""
+    """One line a series, its badge at the right end, or (around) near its last point wherever there is room.
+
+    best: a dashed line joins the points that no other one beats, small y and less or more of x. x_mark: a dotted line.
+    """
     drawn = [s for s in series if s.points]
-    x = Axis.over([p[0] for s in drawn for p in s.points], log=x_log)
-    x = Axis(x.low, x.high * (x.high / x.low) ** 0.1 if x_log else x.high + 0.1 * (x.high - x.low), x_log)
-    y = Axis.over([p[1] for s in drawn for p in s.points], log=y_log, vertical=True, floor=floor, zero=zero)
+    every = [p for s in drawn for p in s.points]
+    x = Axis.over([p[0] for p in every] + ([] if x_mark is None else [x_mark]), log=x_log)
+    if not around:
+        x = Axis(x.low, x.high * (x.high / x.low) ** 0.1 if x_log else x.high + 0.1 * (x.high - x.low), x_log)
+    y = Axis.over([p[1] for p in every], log=y_log, vertical=True, floor=floor, zero=zero, height=height)
     lines: list[Any] = []
-    ends = []
+    if x_mark is not None:
+        lines.append(tag("line", class_="full", x1=x(x_mark), x2=x(x_mark), y1=TOP, y2=height - BOTTOM))
+    if best:
+        lines.append(_frontier(every, x, y, best == "more"))
+    ends, off = [], []
     for s in drawn:
         places = [(x(a), y(b)) for a, b in s.points]
         path = " ".join(f"{'L' if i else 'M'}{a:.1f} {b:.1f}" for i, (a, b) in enumerate(places))
@@ -297,10 +361,37 @@ def curves(
             tag("g", tag("title", s.text), tag("path", d=path, class_="line"), *dots, class_=_colour(s.number))
         )
         ends.append((s.number, s.text, places[-1]))
+        off += places[:-1]
     said = [f"{s.text}: " + ", ".join(plain_number(float(f"{b:.3g}")) for _, b in _some(s.points)) for s in drawn]
     ticks = x.ticks() if x_ticks is None else x_ticks
-    frame = _frame(x, y, x_text, y_text, ticks, plain_number, y_format)
-    return _svg(title, "; ".join(said), *frame, *lines, *_badges(ends, only_vertical=True))
+    frame = _frame(x, y, x_text, y_text, ticks, x_format, y_format)
+    badges = _badges(ends, only_vertical=not around, off=off if around else (), height=height)
+    return _svg(title, "; ".join(said), *frame, *lines, *badges, height=height)
+
+
+def alone(title: str, chart: Markup, names: Sequence[tuple[int, str]], height: int = HEIGHT) -> str:
+    """A chart of that height as a file of its own: its title above, the legend of (number, name) below, light and dark."""
+    top = 26
+    longest = max((len(name) for _, name in names), default=1)
+    columns = max(1, min(3, int((WIDTH - 8) / (2 * BADGE + 12 + LETTER * longest))))
+    rows = math.ceil(len(names) / columns)
+    legend = []
+    for i, (number, name) in enumerate(names):
+        column, row = divmod(i, rows)
+        cx, cy = 4 + BADGE + column * (WIDTH - 8) / columns, top + height + 8 + BADGE + row * LEGEND_ROW
+        text = tag("text", name, class_="name", x=cx + BADGE + 5, y=cy + 4)
+        legend.append(tag("g", *_numbered(number, cx, cy), text, class_=_colour(number)))
+    whole = top + height + 12 + rows * LEGEND_ROW
+    says = re.search(r'aria-label="([^"]*)"', chart)
+    inner = re.sub(r' (role|aria-label)="[^"]*"', "", str(chart))
+    inner = inner.replace("<svg ", f'<svg y="{top}" width="{WIDTH}" height="{height}" ', 1)
+    style = tag("style", COLOURS_CSS, "\n", CHART_CSS, "\n", ALONE_CSS)
+    page = tag("rect", class_="page", width=WIDTH, height=whole, rx=6)
+    head = tag("text", title, class_="title", x=8, y=18)
+    return str(tag(
+        "svg", style, page, head, Markup(inner), *legend, xmlns="http://www.w3.org/2000/svg", role="img",
+        viewBox=f"0 0 {WIDTH} {whole}", width=WIDTH * 5 // 3, height=whole * 5 // 3, aria_label=Markup(says[1] if says else ""),
+    )).replace("><", ">\n<") + "\n"  # fmt: skip
 
 
 def _some(points: Sequence[Point]) -> Sequence[Point]:

@@ -71,6 +71,8 @@ def _facts(results: Results) -> dict[str, Any]:
     last = results.rows[-1]["environment"] if results.rows else None
     by_kl = any(r.kl is not None for r in found)
     return {
+        "colours_css": charts.COLOURS_CSS,
+        "chart_css": charts.CHART_CSS,
         "model": identity["model"],
         "methods": [
             {
