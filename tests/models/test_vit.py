@@ -105,15 +105,14 @@ def test_a_folder_gives_the_same_model(operators: Any, tmp_path: Any) -> None:
     assert loaded.config == net.config and torch.equal(loaded(x), net(x))
 
 
-@pytest.mark.parametrize("operators", [x for x in SINGLE if x != ("soft",)] + list(HYBRIDS), ids=" ".join)
+@EVERY
 @torch.no_grad()
 def test_bfloat16_autocast_stays_near_float32(operators: Any) -> None:
-    """Not `soft`: its inverse among near-equal landmarks turns the rounding of its inputs into 10 to 30 %."""
     net, x = ViT(config(operators, width=32), 0), draw().float()
     with torch.autocast("cpu", torch.bfloat16):
         low = net(x)
     high = net(x)
-    assert bool(torch.isfinite(low).all()) and float((low.float() - high).norm() / high.norm()) < 0.1
+    assert bool(torch.isfinite(low).all()) and float((low.float() - high).norm() / high.norm()) < 0.03
 
 
 @pytest.mark.parametrize(

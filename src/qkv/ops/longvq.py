@@ -32,7 +32,7 @@ from torch import Tensor
 from qkv.core.operator import Operator, OperatorSpec, Wiring
 from qkv.core.spec import Extra, Learnt, Place, param
 from qkv.core.state import State
-from qkv.ops._common.states import after, wide
+from qkv.ops._common.states import after, unrounded, wide
 
 
 class Memory(NamedTuple):
@@ -46,6 +46,7 @@ class Memory(NamedTuple):
     position: Tensor
 
 
+@unrounded
 def reference(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, codebook: Tensor, bias: Tensor | None = None,
     padding: Tensor | None = None, initial_state: State | None = None, return_state: bool = False, block_size: int = 64,
@@ -92,6 +93,7 @@ def reference(
     return out, after("longvq", initial_state, q.shape[2], **ends._asdict())
 
 
+@unrounded
 def fast(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, codebook: Tensor, bias: Tensor | None = None,
     padding: Tensor | None = None, initial_state: State | None = None, return_state: bool = False, block_size: int = 64,
@@ -150,6 +152,7 @@ def fast(
     return out, after("longvq", initial_state, n, **ends._asdict())
 
 
+@unrounded
 def step(
     q: Tensor, k: Tensor, v: Tensor, state: State, *, scale: float, codebook: Tensor, bias: Tensor | None = None,
     padding: Tensor | None = None, block_size: int = 64, window_exact: bool = False, straight_through: bool = False,
@@ -194,6 +197,7 @@ def initial(
     return after("longvq", None, 0, **_memory(q, k, v, codebook, None, block_size)._asdict())
 
 
+@unrounded
 def quantise(k: Tensor, codebook: Tensor, exact: bool = False, straight_through: bool = False) -> tuple[Tensor, Tensor]:
     """Codes z ``[B, G, M]`` of keys ``[B, G, M, D]`` in a codebook ``[G, S, D]``, and the keys as the window scores them.
 

@@ -1,11 +1,34 @@
-"""Recurrent states of one matrix per head: how they start, are checked and counted."""
+"""Recurrent states of one matrix per head: how they start, are checked and counted; the precision they are computed in."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from qkv.core.state import State
+
+Form = TypeVar("Form", bound=Callable[..., Any])
+
+
+def unrounded(form: Form) -> Form:
+    """A form (first argument: a tensor) whose products keep the precision of their factors under autocast too.
+
+    For maps that a product in bfloat16 would ruin: autocast rounds the factors of every matmul, float32 on purpose or not.
+    """
+
+    @functools.wraps(form)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        device = x.device.type
+        if not torch.amp.is_autocast_available(device):  # "meta", for one
+            return form(x, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return form(x, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def wide(x: Tensor) -> torch.dtype:

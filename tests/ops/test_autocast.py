@@ -1,0 +1,75 @@
+"""Operators under autocast: what a definition computes in float32 stays so, although autocast rounds the factors of products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import qkv
+from qkv.core.operator import Operator
+from qkv.ops import longvq, soft
+from qkv.testing import mutant
+
+torch.set_num_threads(1)
+B, H, N, D = 2, 2, 96, 16
+SIZES = {"b": B, "h": H, "g": H, "n": N, "m": N, "d": D, "e": D, "s": 24, "w": 24}
+
+
+def draw(method: Operator, size: float) -> Any:
+    """A call, bidirectional where there is such a form."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, H, N, D) for _ in range(3))
+    spec = method.spec
+    extras = {
+        name: x.sample(*(SIZES.get(a, a) for a in x.axes.split("|")[0]))
+        for name, x in spec.extras.items()
+        if x.required
+    }
+    k = q if method.id == "ecoformer" else k
+    return {"q": size * q, "k": size * k, "v": v, "causal": spec.causal == "only"} | extras
+
+
+def error(method: Operator, size: float) -> float:
+    """Of a call under autocast, against float32."""
+    call = draw(method, size)
+    want = method(**call)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = method(**call)
+    return float((got.float() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("size", [0.3, 1.0])
+@pytest.mark.parametrize("name", [s.id for s in qkv.methods(kind="operator")])
+def test_autocast_costs_what_bfloat16_costs(name: str, size: float) -> None:
+    assert error(qkv.method(name), size) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("module", "cls", "names", "size", "least"),
+    [(soft, soft.Soft, ("kernel", "newton_inverse"), 0.3, 0.05), (longvq, longvq.LongVQ, ("quantise",), 1.0, 0.015)],
+)
+def test_rounded_products_are_caught(
+    module: Any, cls: Any, names: tuple[str, ...], size: float, least: float, monkeypatch: Any
+) -> None:
+    """Negative control: soft's inverse amplifies rounding where landmarks are near, longvq's keys get other codes."""
+    for name in names:
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
+    assert error(mutant(cls, fast=cls.spec.fast.__wrapped__)(), size) > least
+
+
+@pytest.mark.parametrize("name", ["soft", "longvq"])
+def test_steps_under_autocast_too(name: str) -> None:
+    """Decoding under autocast goes on from a prefill under autocast as it does without."""
+    method = qkv.method(name)
+    call = draw(method, 0.3) | {"causal": True}
+    for x in method.spec.causal_needs:
+        call[x] = method.spec.extras[x].sample(H, 8, D)
+    more = {n: x for n, x in call.items() if n not in ("q", "k", "v", "causal")}
+    before, new = ([call[n][:, :, at] for n in "qkv"] for at in (slice(0, N - 1), slice(N - 1, N)))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = method(*before, return_state=True, **more)
+        got, _ = method.step(*new, state, **more)
+    want = method(**call)[:, :, -1:]
+    assert float((got - want).norm() / want.norm()) < 1e-4
