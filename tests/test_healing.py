@@ -88,7 +88,7 @@ def test_the_recipe_is_the_conversions_and_the_callers_wishes_win(tmp_path: Path
     model, source = converted()
     recipe = qkv.method("transmla").spec.heal["arguments"]
     done = heal(model, source, rows(), tmp_path, max_steps=1, objective="healing:attention_weight=0.0", use_cpu=True)
-    run = qkv.distill._run.read_json(tmp_path / "run.json")["run"]
+    run = qkv.distill._folder.read_json(tmp_path / "run.json")["run"]
     assert run["arguments"]["learning_rate"] == recipe["learning_rate"] == 1e-4
     assert (
         run["arguments"]["lr_scheduler_type"] == "cosine" and run["arguments"]["max_steps"] == 1 != recipe["max_steps"]

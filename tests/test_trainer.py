@@ -28,7 +28,7 @@ from qkv.core.errors import (
     TrainingError,
     UnknownName,
 )
-from qkv.distill import _run, distill, drop_layers
+from qkv.distill import _folder, distill, drop_layers
 from qkv.distill._data import Collator, Items
 
 torch.set_num_threads(1)
@@ -141,9 +141,9 @@ def test_a_run_trains_and_writes_what_it_says(tmp_path: Path) -> None:
     assert same(weights(loaded), weights(student)) and loaded.config.num_hidden_layers == 2
     manifest = json.loads((done.path / "qkv.json").read_text())
     assert manifest["run"]["objective"]["id"] == "minilm" and manifest["steps"] == 12
-    assert manifest["contents"] == _run.contents(done.path) and len(manifest["run"]["teacher"]["fingerprint"]) == 64
+    assert manifest["contents"] == _folder.contents(done.path) and len(manifest["run"]["teacher"]["fingerprint"]) == 64
     assert same(weights(resolve_model(str(done.path), with_tokenizer=False)[0]), weights(student))  # the bench takes it
-    kept = _run.checkpoints(tmp_path / "run" / "checkpoints")
+    kept = _folder.checkpoints(tmp_path / "run" / "checkpoints")
     assert [p.name for p in kept] == ["checkpoint-9", "checkpoint-12"]
     assert same(weights(AutoModelForCausalLM.from_pretrained(kept[-1])), weights(student))
     assert not list(tmp_path.rglob("training_args.bin")) and not list(tmp_path.rglob(".*"))
@@ -258,7 +258,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, method: str) -> 
     with pytest.raises(KeyboardInterrupt, match="stopped at step 5 with a checkpoint; go on with resume=True"):
         run(folder, method, data, drop_layers(bert(7), (0, 2)), gradient_accumulation_steps=2)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert [p.name for p in _run.checkpoints(folder / "checkpoints")] == ["checkpoint-3", "checkpoint-5"]
+    assert [p.name for p in _folder.checkpoints(folder / "checkpoints")] == ["checkpoint-3", "checkpoint-5"]
     assert not (folder / "student").exists()
     student = drop_layers(bert(7), (0, 2))
     torch.manual_seed(999)
@@ -297,7 +297,7 @@ def test_a_terminated_run_leaves_a_checkpoint_and_a_later_second_signal_ends_it_
     data = Trips(read_while_fingerprinted() + 4, terminate)
     with pytest.raises(SystemExit) as error:
         run(tmp_path / "run", data=data)
-    assert error.value.code == 128 + signal.SIGTERM and _run.checkpoints(tmp_path / "run" / "checkpoints")
+    assert error.value.code == 128 + signal.SIGTERM and _folder.checkpoints(tmp_path / "run" / "checkpoints")
 
     def twice() -> None:
         interrupt()
@@ -307,7 +307,7 @@ def test_a_terminated_run_leaves_a_checkpoint_and_a_later_second_signal_ends_it_
 
     with pytest.raises(KeyboardInterrupt, match="at once"):
         run(tmp_path / "other", data=Trips(read_while_fingerprinted() + 4, twice))
-    assert not _run.checkpoints(tmp_path / "other" / "checkpoints")
+    assert not _folder.checkpoints(tmp_path / "other" / "checkpoints")
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
@@ -388,7 +388,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path: Path) ->
         TrainingError, match=r"output.dense.bias holds NaN or infinite values after step 3; nothing was saved"
     ):
         run(tmp_path / "other", student=student)
-    assert not _run.checkpoints(tmp_path / "other" / "checkpoints")
+    assert not _folder.checkpoints(tmp_path / "other" / "checkpoints")
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,12 +407,12 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: p
     with pytest.raises(StorageError, match=r"step 6 could not be written .*checkpoint-3"):
         run(tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-3"]
-    _run.verified(tmp_path / "run" / "checkpoints" / "checkpoint-3")
+    _folder.verified(tmp_path / "run" / "checkpoints" / "checkpoint-3")
     target = tmp_path / "saved"
     target.mkdir()
     (target / "old").write_text("kept")
     with pytest.raises(StorageError, match="untouched"):
-        _run.publish(target, lambda folder: (folder / "x" / "y").write_text("no such folder"), {})
+        _folder.publish(target, lambda folder: (folder / "x" / "y").write_text("no such folder"), {})
     assert [p.name for p in tmp_path.iterdir() if "saved" in p.name] == ["saved"] and (
         target / "old"
     ).read_text() == "kept"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qkv.core.objective import Objective
 
 if TYPE_CHECKING:
-    from qkv.distill.trainer import Outcome
+    from qkv.distill.run import Outcome
 
 __all__ = ["distill", "drop_layers", "heal", "train"]
 
@@ -53,9 +53,10 @@ def distill(
     `InvalidParameter`, `UnknownName`, `StorageError`, `MissingDependency` (it needs accelerate).
     """
     _needs_accelerate()
-    from qkv.distill import trainer
+    from qkv.distill import distillation
+    from qkv.distill.run import Options
 
-    options = trainer.Options(
+    options = Options(
         tokenizer=tokenizer,
         teacher_tokenizer=teacher_tokenizer,
         max_length=max_length,
@@ -64,7 +65,7 @@ def distill(
         evaluate=evaluate,
         progress=progress,
     )
-    return trainer.distill(teacher, student, objective, data, out, options, arguments)
+    return distillation.distill(teacher, student, objective, data, out, options, arguments)
 
 
 def heal(
@@ -92,15 +93,14 @@ def heal(
     weights in bfloat16 arithmetic).
     """
     _needs_accelerate()
-    from qkv.distill import healing, trainer
+    from qkv.distill import distillation, healing
+    from qkv.distill.run import Options
 
     recipe = healing.recipe(model)
-    options = trainer.Options(
-        tokenizer=tokenizer, max_length=max_length, resume=resume, evaluate=evaluate, progress=progress
-    )
+    options = Options(tokenizer=tokenizer, max_length=max_length, resume=resume, evaluate=evaluate, progress=progress)
     with healing.only_converted(model):
         goal = recipe["objective"] if objective is None else objective
-        return trainer.distill(source, model, goal, data, out, options, recipe["arguments"] | arguments)
+        return distillation.distill(source, model, goal, data, out, options, recipe["arguments"] | arguments)
 
 
 def train(

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from qkv.core.errors import InvalidInput, InvalidParameter, TrainingError
-from qkv.distill import _run
+from qkv.distill import _folder
 from qkv.distill._data import Collator, Items
-from qkv.distill.trainer import Lesson, Options, Outcome, Run, settings_of
+from qkv.distill.lessons import Lesson
+from qkv.distill.run import Options, Outcome, Run, settings_of
 from qkv.models._blocks import Saved
 from qkv.models.language.causal import CausalLM
 from qkv.models.vision.vit import ViT
@@ -120,7 +121,7 @@ def train(
     steps, loss, records = run.train(lesson(model), {"id": goal}, out, resume, model.kind)
     run.score("trained", model)
     if run.main and run.scores:
-        _run.write_json(out / "result.json", {"format": _run.FORMAT, "scores": run.scores})
+        _folder.write_json(out / "result.json", {"format": _folder.FORMAT, "scores": run.scores})
     return Outcome(model, out / "model", steps, loss, tuple(records), run.scores)
 
 
