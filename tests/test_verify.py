@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qkv
-from qkv.core.errors import BrokenLaw, InvalidParameter, UnknownName
+from qkv.core.errors import BrokenLaw, InvalidInput, InvalidParameter, UnknownName
 from qkv.core.spec import Deviation
 from qkv.ops.full import Full
 from qkv.ops.linear import Linear
@@ -183,3 +183,40 @@ def test_draws_are_reproducible_and_differ() -> None:
     assert not torch.equal(first, a.normal(3))
     assert not torch.equal(first, cases("full")[0].draw(1).normal(3))
     assert all(not torch.equal(a.permutation(2), torch.arange(2)) for _ in range(9))
+
+
+def test_a_file_takes_settings_as_an_id_does(stranger: Path) -> None:
+    assert qkv.verify(f"{stranger}:", quick=True).ok
+    with pytest.raises(UnknownName, match="no parameter 'budget'"):
+        qkv.verify(f"{stranger}:budget=7")
+
+
+WRONG_FILES = [
+    (lambda s: "print('hello'", "does not run: SyntaxError"),
+    (lambda s: "import a_module_that_is_nowhere", "does not run: ModuleNotFoundError"),
+    (lambda s: "x = 1", r"^running_mean\.py must define one method class"),
+    (lambda s: s.replace("@dataclass(frozen=True, kw_only=True)\n", ""), "must be a frozen dataclass"),
+    (lambda s: s.replace('id="running-mean"', 'id="Running Mean"'), "must be words of a-z"),
+    (lambda s: s.replace('id="running-mean"', 'id="full"'), r"'full' is taken by qkv\.ops\.full"),
+]
+
+
+@pytest.mark.parametrize("change, needle", WRONG_FILES)
+def test_a_file_that_is_no_method_says_what_is_wrong(stranger: Path, change, needle: str) -> None:
+    stranger.write_text(change(stranger.read_text()))
+    with pytest.raises(InvalidInput, match=needle):
+        qkv.verify(stranger)
+
+
+def test_a_file_in_the_place_of_an_id_is_told_from_an_unknown_name(stranger: Path) -> None:
+    with pytest.raises(UnknownName, match="is a file, not the id"):
+        qkv.method(str(stranger))
+    assert (
+        qkv.core.registry.load_file(qkv.core.registry.__file__.replace("core/registry", "ops/full")).spec.id == "full"
+    )
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000])
+def test_a_monstrous_value_is_a_wrong_value_and_no_crash(value: str) -> None:
+    with pytest.raises(InvalidParameter, match="budget"):
+        qkv.method(f"h2o:budget={value}")

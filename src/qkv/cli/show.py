@@ -24,20 +24,24 @@ EXAMPLES = (
 
 
 def command(
-    id: Annotated[str, typer.Argument(metavar="ID", help="A method, as `qkv methods` lists it.", show_default=False)],
+    id: Annotated[
+        str,
+        typer.Argument(metavar="ID", help="A method, as `qkv methods` lists it, or a FILE.py.", show_default=False),
+    ],
     json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Explain one method: what it does, its settings with their ranges, its limits."""
+    """Explain one method: what it does, its settings with their ranges, its limits. A FILE.py is executed."""
     from qkv.core import registry
 
-    spec = registry.config_class(id).spec
+    file = id.endswith(".py")
+    spec = (registry.load_file(id) if file else registry.config_class(id)).spec
     if json:
         print_json(spec.to_dict())
         return
-    _print(spec)
+    _print(spec, id if file else None)
 
 
-def _print(spec: Any) -> None:
+def _print(spec: Any, file: str | None = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -66,9 +70,9 @@ def _print(spec: Any) -> None:
             table.add_row(Text(p.name, style="bold"), Text(str(p.default)), Text(_allowed(p)), Text(p.doc))
         console.print(table)
     use = USE.get(spec.kind)
-    if use:
+    if use and file is None:
         console.print(Text("\nTry: " + use.format(id=spec.id)))
-    console.print(Text(f"Check it here: qkv verify {spec.id}"))
+    console.print(Text(f"Check it here: qkv verify {file or spec.id}"))
 
 
 def _allowed(p: Any) -> str:

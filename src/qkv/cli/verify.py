@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ EXAMPLES = (
     "qkv verify gla",
     "qkv verify h2o:budget=9 streamingllm",
     "qkv verify ./mine.py --quick",
+    "qkv verify ./mine.py:budget=7",
 )
 
 
@@ -20,7 +22,7 @@ def command(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[ID | ID:SETTINGS | FILE.py]...",
+            metavar="[ID | FILE.py][:SETTINGS]...",
             help="Methods, or files of your own; none: all.",
             show_default=False,
         ),
@@ -30,6 +32,8 @@ def command(
     json: Annotated[bool, JSON] = False,
 ) -> int:
     """Run every law of some methods, or of all, and say which are kept. A FILE.py is executed."""
+    # transformers warns of calls between its own parts, which is nothing a reader of laws could mend.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from qkv.testing import verify
 
     chosen = pick_device(device)

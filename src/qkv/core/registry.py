@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import re
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qkv.core.errors import InvalidParameter, SavedDataError, UnknownName
+from qkv.core.errors import InvalidInput, InvalidParameter, QKVError, SavedDataError, UnknownName
 from qkv.core.spec import KINDS, Method, Spec, near, parse_setting
 
 PACKAGES = (
@@ -54,6 +56,11 @@ def config_class(name: str) -> type[Method]:
     """The configuration class of a method id; `UnknownName` names the nearest ids."""
     files = _files()
     if name not in files:
+        if name.endswith(".py"):
+            raise UnknownName(
+                f"{name!r} is a file, not the id of a method: `qkv verify` and `qkv show` take files, and in Python "
+                "qkv.core.registry.load_file gives its class; moved into the package of its kind it goes by its id"
+            )
         raise UnknownName(f"there is no method {name!r}{near(name, files)} (`qkv methods` lists all)")
     cls = _method_class(importlib.import_module(files[name]))
     if cls.spec.id != name:
@@ -103,15 +110,43 @@ def _nested(value: Any) -> Any:
 
 
 def load_file(path: str | Path) -> type[Method]:
-    """The method class of a file of the user's own (``qkv verify ./mine.py``). The file is executed."""
+    """The method class of a file of the user's own (``qkv verify ./mine.py``). The file is executed.
+
+    Raises `UnknownName` (no such file) and `InvalidInput` (a file that does not run, or defines no method as they are written).
+    """
     path = Path(path).resolve()
     if not path.is_file():
         raise UnknownName(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"qkv_user_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise InvalidInput(f"{path} is no Python file; a method's file ends in .py")
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return _method_class(module)
+    try:
+        spec.loader.exec_module(module)
+    except QKVError:
+        raise
+    except Exception as error:
+        raise InvalidInput(f"{path} does not run: {type(error).__name__}: {error}") from error
+    try:
+        cls = _method_class(module)
+    except ImportError as error:
+        raise InvalidInput(str(error).replace(module.__name__, path.name, 1)) from error
+    return _of_its_own(cls, path)
+
+
+def _of_its_own(cls: type[Method], path: Path) -> type[Method]:
+    """A user's class, checked for what the registry would refuse once the file lies in its package."""
+    name, frozen = cls.spec.id, getattr(cls.__dict__.get("__dataclass_params__"), "frozen", False)
+    if not frozen:
+        raise InvalidInput(
+            f"{path.name}: {cls.__name__} must be a frozen dataclass; write @dataclass(frozen=True, kw_only=True) above it"
+        )
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", str(name)):
+        raise InvalidInput(f"{path.name}: the id {name!r} must be words of a-z and 0-9 joined by '-', e.g. 'my-cache'")
+    taken = _files().get(name)
+    if taken is not None:
+        home = importlib.util.find_spec(taken)
+        if home is None or home.origin is None or Path(home.origin).resolve() != path:
+            raise InvalidInput(f"{path.name}: the id {name!r} is taken by {taken}; choose another")
+    return cls

@@ -338,7 +338,7 @@ def _value(text: str) -> Any:
         return {"true": True, "false": False}.get(low)
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # not JSON, an integer of thousands of digits, lists in lists without end
         return text
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qkv.core import registry
 from qkv.core.errors import BrokenLaw, InvalidParameter, UnknownName
-from qkv.core.spec import KINDS, Method, near
+from qkv.core.spec import KINDS, Method, near, parse_setting
 
 M = TypeVar("M", bound=Method)
 Target = str | Path | Method | type[Method]
@@ -182,7 +182,7 @@ def laws(kind: str) -> dict[str, Law]:
 def configurations(target: Target) -> list[Method]:
     """What a target stands for.
 
-    An instance (or an id with settings) is itself; a class, an id or a ``.py`` file stands for the
+    An instance (or an id or a file with settings) is itself; a class, an id or a ``.py`` file stands for the
     configurations its spec names as `trials`.
     """
     if isinstance(target, Method):
@@ -191,8 +191,11 @@ def configurations(target: Target) -> list[Method]:
         cls = target
     elif isinstance(target, (str, Path)):
         text = str(target)
+        file, colon, settings = text.partition(".py:")
         if text.endswith(".py"):
             cls = registry.load_file(text)
+        elif colon:
+            return [registry.load_file(f"{file}.py").create(**parse_setting(f":{settings}")[1])]
         elif ":" in text:
             return [registry.method(text)]
         else:
