@@ -1,10 +1,11 @@
-"""Writes the method pages from the specifications and from the recorded results, and the tables of kept benchmark runs.
+"""Writes the method pages from the specifications and the recorded results, and the pages and figures of kept measurements.
 
-    python docs/generate.py            write docs/methods/*.md, docs/benchmarks.md and the table in README.md
+    python docs/generate.py            write docs/methods/*.md, docs/{benchmarks,operators,gpu}.md, docs/figures/*.svg, the guide
+                                       to adding a method, the table in README.md and the navigation in mkdocs.yml
     python docs/generate.py --check    change nothing; exit 1 and name the pages that are out of date
 
-A page is a function of the method's file and of benchmarks/results/real/<id>.json, a table one of benchmarks/results/bench/<run>
-(the folder that `qkv bench --out` made): edit those, never the page.
+A method's page is a function of its file and of benchmarks/results/real/<id>.json, a table of the result files below
+benchmarks/results: edit those, never the page.
 """
 
 from __future__ import annotations
@@ -18,17 +19,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import _gpu
+import _operators
+import _runs
+from _text import cell as _cell
+from _text import number as _number
+from _text import prose as _prose
+
 from qkv.bench.record import read_records
-from qkv.bench.report import place
-from qkv.bench.summary import Record, order, records
 from qkv.core import registry
+from qkv.core.errors import QKVError
 from qkv.core.spec import KINDS, Spec
+from qkv.layers._mixer import check_mixing
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "methods"
 README_RUN = "smollm2-cpu"
-BENCH_COLUMNS = ("method", "KL to full, nats", "same top token", "perplexity", "passkey", "cache MB held", "of full",
-                 "first token s", "ms per token")  # fmt: skip
+GUIDE = ("Add a method in one file", "Show it on real input", "Laws and tests")
+KIND_PLURAL = {"steering": "Steering", "decoding": "Decoding", "cost": "Costs"}
 
 KIND_SAYS = {
     "operator": "What is computed: attention operators as plain functions.",
@@ -44,10 +54,11 @@ KIND_SAYS = {
     "cost": "What it would cost elsewhere.",
 }
 PYTHON_USE = {
-    "operator": "out = qkv.attention(q, k, v, method=m)",
     "pattern": "qkv.apply(model, m)",
     "cache": "qkv.apply(model, m)",
+    "layer": "module = m.build(256)   # an nn.Module of that width",
     "conversion": "qkv.apply(model, m, data=batches)",
+    "objective": "outcome = distill(teacher, student, m, texts, 'runs/student', tokenizer=tokenizer, max_steps=200)",
     "steering": "qkv.apply(model, m)",
     "probe": "result = m.inspect(model, tokenizer)   # a score per head: result.table",
 }
@@ -55,9 +66,17 @@ SHELL_USE = {
     "pattern": "qkv bench smollm2 -m {id}",
     "cache": "qkv bench smollm2 -m {id}",
     "conversion": "qkv convert smollm2 -m {id} --out DIR",
+    "objective": "qkv distill --teacher smollm2 --layers 0,10,20,29 --objective {id} --steps 200 --out DIR",
     "probe": "qkv inspect smollm2 --probe {id} --out DIR",
     "steering": "qkv bench smollm2 -m {id}",
 }
+OWN_USE = {
+    "healing": (
+        "outcome = heal(converted, source, texts, 'runs/healed', tokenizer=tokenizer, max_steps=200, objective=m)",
+        "qkv convert smollm2 -m transmla --heal 200 --out DIR",
+    ),
+}
+IMPORTS = {"objective": "from qkv.distill import distill", "healing": "from qkv.distill import heal"}
 SOURCE_SAYS = {
     "code": "defined from the authors' code", "paper": "defined from the paper",
     "abstract": "defined from the abstract alone", "baseline": "a plain baseline",
@@ -77,7 +96,8 @@ def pages() -> dict[str, str]:
 def _index(specs: list[Spec], records: dict[str, Any]) -> str:
     out = [_note("the specifications"), "# Methods", "",
            f"{len(specs)} methods, each in one file, each with its definition, its limit and its laws. "
-           "A tick means that a figure on a real model or real data is on its page.", ""]  # fmt: skip
+           "A tick means that a figure on a real model or real data is on its page. "
+           "Not sure which? [Choose a method](../guides/choose.md).", ""]  # fmt: skip
     for kind in KINDS:
         rows = [s for s in specs if s.kind == kind]
         if not rows:
@@ -87,13 +107,18 @@ def _index(specs: list[Spec], records: dict[str, Any]) -> str:
             "",
             KIND_SAYS[kind],
             "",
-            "| id | title | paper | measured |",
+            "| id | what it is | paper | measured |",
             "|---|---|---|---|",
         ]
-        out += [f"| [`{s.id}`]({s.id}.md) | {_cell(s.title)} | {_paper(s.paper)} | {'✓' if s.id in records else ''} |"
+        out += [f"| [`{s.id}`]({s.id}.md) | {_about(s)} | {_paper(s.paper)} | {'✓' if s.id in records else ''} |"
                 for s in rows]  # fmt: skip
         out.append("")
     return "\n".join(out).rstrip() + "\n"
+
+
+def _about(spec: Spec) -> str:
+    """Title and summary in a cell."""
+    return f"**{_cell(spec.title)}.** {_cell(spec.summary)}".strip() if spec.summary else f"**{_cell(spec.title)}**"
 
 
 def _page(spec: Spec, result: dict[str, Any] | None) -> str:
@@ -113,136 +138,59 @@ def _page(spec: Spec, result: dict[str, Any] | None) -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
-# -- kept runs of `qkv bench` ----------------------------------------------------------------------------------------------
-
-
-def _kept_run(folder: Path) -> str:
-    """The tables of one run and where it was taken."""
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = records(rows)
-    out = []
-    for context in sorted({r.context for r in found}):
-        out += [
-            f"{context} tokens of context",
-            "",
-            "| " + " | ".join(BENCH_COLUMNS) + " |",
-            "|---" * len(BENCH_COLUMNS) + "|",
-        ]
-        out += [
-            "| " + " | ".join(_bench_cells(r)) + " |"
-            for r in sorted((r for r in found if r.context == context), key=order)
-        ]
-        out.append("")
-    last, model = rows[-1]["environment"], rows[-1]["model"]
-    versions = ", ".join(f"{k} {last['versions'][k]}" for k in ("torch", "transformers"))
-    commit = last["commit"]
-    said = (
-        "unknown" if commit is None else commit["hash"][:7] + (" with uncommitted changes" if commit["dirty"] else "")
-    )
-    out += [
-        f"{model['name']}, {model['dtype']}, {place(last | {'model': model})}, {versions}, seed {last['seed']}, commit {said}."
-    ]
-    return "\n".join(out)
-
-
-def _bench_cells(r: Record) -> list[str]:
-    def text(x: float | None, form: str, scale: float = 1.0) -> str:
-        return "–" if x is None else format(x * scale, form)
-
-    return [
-        f"`{r.method}`",
-        text(r.kl, ".4f"),
-        text(r.top1, ".0%"),
-        text(r.ppl, ".1f"),
-        text(r.accuracy, ".0%"),
-        text(r.held_bytes, ".1f", 1e-6),
-        text(r.held_ratio, ".0%"),
-        text(r.first_s, ".2f"),
-        text(r.token_ms, ".1f"),
-    ]
+# -- everything else that is generated ------------------------------------------------------------------------------------
 
 
 def texts() -> dict[Path, str]:
-    """Path -> text of everything else that is generated: the page of kept runs, and README with its table."""
-    folder = ROOT / "benchmarks" / "results" / "bench"
-    runs = (
-        {f.name: _kept_run(f) for f in sorted(folder.iterdir()) if (f / "results.jsonl").is_file()}
-        if folder.is_dir()
-        else {}
-    )
-    out = [
-        _note("benchmarks/results/bench"),
-        "# Benchmark runs",
-        "",
-        "Each section is one kept run of `qkv bench`, rows from the best KL down. Cache bytes are those really held.",
-        "",
-    ]
-    for name, table in runs.items():
-        said = (folder / name / "command.txt").read_text(encoding="utf-8").strip()
-        out += [f"## {name}", "", "```sh", said, "```", "", table, ""]
-    page = {
-        ROOT / "docs" / "benchmarks.md": "\n".join(out).rstrip() + "\n",
-        ROOT / "docs" / "operators.md": _operators(),
+    """Path -> text: the pages of measurements with their figures, README with its table, the guide, the navigation."""
+    results, docs = ROOT / "benchmarks" / "results", ROOT / "docs"
+    bench, runs, files = _runs.page(results / "bench", results / "needles.json", _note("benchmarks/results/bench"))
+    operators, more = _operators.page(results, _note("benchmarks/results/operators_lm.json and operators_vit.json"))
+    out = {
+        docs / "benchmarks.md": bench,
+        docs / "operators.md": operators,
+        docs / "gpu.md": _gpu.page(results, _note("benchmarks/results/*_gpu.json and linear_checks.json")),
+        docs / "guides" / "add-a-method.md": _guide(),
     }
+    out |= {docs / "figures" / name: text for name, text in (files | more).items()}
     readme = ROOT / "README.md"
     if README_RUN in runs and readme.is_file():
-        parts = re.split(r"(<!-- bench:(?:begin|end) -->)", readme.read_text(encoding="utf-8"))
-        parts[2] = f"\n\n{runs[README_RUN]}\n\n"
-        page[readme] = "".join(parts)
-    return page
+        table = "\n".join(_runs.tables(runs[README_RUN]))
+        out[readme] = _between(readme, "<!-- bench:begin -->", "<!-- bench:end -->", f"\n\n{table}\n\n")
+    site = ROOT / "mkdocs.yml"
+    if site.is_file():
+        out[site] = _between(site, "      # methods:begin", "      # methods:end", f"\n{_navigation()}\n")
+    return out
 
 
-OPERATOR_TABLES = {
-    ("operators_lm.json", "text"): (
-        "Text",
-        "A byte model of plays, equal parameters, steps and batches; loss on a play held out, in nats a byte.",
-        ("loss", "loss at 4 x length", "tokens per second", "decode bytes"),
-    ),
-    ("operators_lm.json", "recall"): (
-        "Recall",
-        "Multi-query associative recall, 16 pairs in 128 tokens, against the bytes of the state while decoding.",
-        ("dial", "accuracy", "state bytes"),
-    ),
-    ("operators_vit.json", "digits"): (
-        "Digits",
-        "One small vision transformer, 64 tokens of one pixel; share of held-out digits that are right.",
-        ("accuracy", "loss", "images per second"),
-    ),
-    ("operators_vit.json", "fashion-mnist"): (
-        "Photographs of clothes",
-        "The same on Fashion-MNIST, 196 tokens.",
-        ("accuracy", "loss", "images per second"),
-    ),
-}
+def _between(path: Path, begin: str, end: str, text: str) -> str:
+    """A file with what stands between two marks replaced."""
+    head, rest = path.read_text(encoding="utf-8").split(begin)
+    return f"{head}{begin}{text}{end}{rest.split(end)[1]}"
 
 
-def _operators() -> str:
-    """The page that compares operators in equal models."""
-    folder = ROOT / "benchmarks" / "results"
-    out = [
-        _note("benchmarks/results/operators_lm.json and operators_vit.json"),
-        "# Operators compared",
-        "",
-        "Small models that differ in their operator alone, made by `benchmarks/operators_lm.py` and `operators_vit.py`; "
-        "no setting was tuned. In the vision models only an operator that brings positions has any beyond learned ones.",
-        "",
-    ]
-    for (file, task), (title, says, columns) in OPERATOR_TABLES.items():
-        data = json.loads((folder / file).read_text(encoding="utf-8"))
-        rows = data["summary"].get(task, [])
-        seeds = sorted({r["seeds"] for r in rows})
-        out += [f"## {title}", "", f"{says} Seeds: {', '.join(map(str, seeds))}.", "",
-                "| operator | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]  # fmt: skip
-        for row in rows:
-            cells = [_number(row.get(c, "–") if row.get(c) is not None else "–") for c in columns]
-            out.append(f"| {_cell(row['operator'])} | " + " | ".join(cells) + " |")
-        lost = sorted({f["operator"] for f in data["failed"] if f["task"] == task and f["seed"] == 0})
-        if lost:
-            why = sorted({f["error"].split(": ", 1)[1] for f in data["failed"]})
-            out += ["", f"Not measured ({'; '.join(why)}): {', '.join(lost)}."]
-        where = ", ".join(g["name"] for g in data["machine"]["gpus"]) or data["machine"]["cpu"]
-        out += ["", f"{where}, torch {data['versions']['torch']}, first seed {data['seed']}.", ""]
-    return "\n".join(out).rstrip() + "\n"
+def _navigation() -> str:
+    """The method pages in the site's navigation, by kind."""
+    out = ["      - methods/index.md"]
+    specs = registry.methods()
+    for kind in KINDS:
+        ids = [s.id for s in specs if s.kind == kind]
+        if ids:
+            out.append(f"      - {KIND_PLURAL.get(kind, kind.capitalize() + 's')}:")
+            out += [f"          - {i}: methods/{i}.md" for i in ids]
+    return "\n".join(out)
+
+
+def _guide() -> str:
+    """CONTRIBUTING's sections on a method of one's own, as a page of the site."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    parts = re.split(r"(?m)^## ", text)
+    wanted = {p.partition("\n")[0]: p.partition("\n")[2] for p in parts[1:]}
+    first, *others = (t for t in GUIDE if t in wanted)
+    page = [_note("CONTRIBUTING.md"), f"# {first}", "", wanted[first].strip(), ""]
+    for title in others:
+        page += [f"## {title}", "", wanted[title].strip(), ""]
+    return re.sub(r"`docs/(results|lab|decisions)\.md`", r"[\1](../\1.md)", "\n".join(page).rstrip()) + "\n"
 
 
 def _note(sources: str) -> str:
@@ -250,9 +198,37 @@ def _note(sources: str) -> str:
 
 
 def _use(spec: Spec) -> list[str]:
-    python = ["import qkv", f'm = qkv.method("{spec.id}")', PYTHON_USE.get(spec.kind)]
-    shell = [f"qkv show {spec.id}", f"qkv verify {spec.id}", SHELL_USE.get(spec.kind, "").format(id=spec.id)]
+    command = _training(spec) if spec.kind == "operator" else SHELL_USE.get(spec.kind, "").format(id=spec.id)
+    call, command = OWN_USE.get(spec.id, (_call(spec), command))
+    python = ["import qkv", IMPORTS.get(spec.id, IMPORTS.get(spec.kind)), f'm = qkv.method("{spec.id}")', call]
+    shell = [f"qkv show {spec.id}", f"qkv verify {spec.id}", command]
     return ["## Use", "", "```python", *filter(None, python), "```", "", "```sh", *filter(None, shell), "```", ""]
+
+
+def _call(spec: Spec) -> str | None:
+    """What one does with a configuration, inputs that it cannot do without included."""
+    if spec.kind == "operator":
+        extras, causal = getattr(spec, "extras", {}), getattr(spec, "causal_needs", ())
+        needed = [n for n, x in extras.items() if x.required or n in causal]
+        return f"out = qkv.attention(q, k, v, method=m{''.join(f', {n}={n}' for n in needed)})"
+    if spec.kind == "decoding":
+        given = inspect.signature(spec.config.generate).parameters.values()  # pyright: ignore[reportAttributeAccessIssue]
+        needed = [
+            p.name for p in given if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name != "max_new_tokens"
+        ]
+        return f"out = m.generate(model, input_ids, max_new_tokens=100{''.join(f', {n}={n}' for n in needed)})"
+    return PYTHON_USE.get(spec.kind)
+
+
+def _training(spec: Spec) -> str:
+    """How `qkv train` is told an operator, where a small model can be made of it."""
+    for causal, images in ((True, ""), (False, " --images digits")):
+        try:
+            check_mixing(spec.config.create(), causal=causal)
+        except QKVError:
+            continue
+        return f"qkv train{images} -m {spec.id} --steps 1000 --out DIR"
+    return ""
 
 
 def _inputs(spec: Spec) -> list[str]:
@@ -336,20 +312,6 @@ def _result(r: dict[str, Any], verdict: str | None) -> list[str]:
             f"{r['date']}, {', '.join(where)}; {said}; commit {commit}; seed {r['seed']}.", ""]  # fmt: skip
 
 
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return _cell(str(value))
-
-
-def _prose(text: str) -> str:
-    return text.replace("<", "&lt;")
-
-
-def _cell(text: str) -> str:
-    return _prose(" ".join(text.split())).replace("|", "\\|")
-
-
 def _paper(paper: str) -> str:
     found = re.fullmatch(r"arXiv:([\w./-]+)", paper)
     return f"[{paper}](https://arxiv.org/abs/{found[1]})" if found else _cell(paper)
@@ -363,13 +325,19 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = pages()
     present = {p.name: p.read_text(encoding="utf-8") for p in PAGES.glob("*.md")}
     stale = sorted({n for n in wanted if present.get(n) != wanted[n]} | (set(present) - set(wanted)))
-    others = {p: t for p, t in texts().items() if not p.is_file() or p.read_text(encoding="utf-8") != t}
+    made = texts()
+    others = {p: t for p, t in made.items() if not p.is_file() or p.read_text(encoding="utf-8") != t}
+    gone = sorted(set((ROOT / "docs" / "figures").glob("*.svg")) - set(made))
     if check:
-        if stale or others:
-            print(f"out of date: {', '.join([*stale, *(p.name for p in others)])}; run: make docs", file=sys.stderr)
-        return 1 if stale or others else 0
+        names = [*stale, *(p.name for p in [*others, *gone])]
+        if names:
+            print(f"out of date: {', '.join(names)}; run: make docs", file=sys.stderr)
+        return 1 if names else 0
     for path, text in others.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    for path in gone:
+        path.unlink()
     for name in stale:
         if name in wanted:
             (PAGES / name).write_text(wanted[name], encoding="utf-8")

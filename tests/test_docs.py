@@ -1,19 +1,25 @@
-"""Pages say what the specifications say; the worked example of CONTRIBUTING works; records are complete."""
+"""Pages say what the specifications and results say; guides and the worked example work; records are complete."""
 
 import importlib.util
+import itertools
 import json
+import math
 import re
+import shlex
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 import torch
 
 import qkv
-from qkv.bench.environment import read_json, write_json
+from qkv.bench import _charts as charts
+from qkv.bench.environment import append_jsonl, environment, read_json, write_json
 from qkv.bench.record import Figure, read_records, record
 from qkv.core import registry
-from qkv.core.errors import InvalidInput, SavedDataError
+from qkv.core.errors import InvalidInput, Refused, SavedDataError
+from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -181,13 +187,295 @@ def test_the_worked_example_passes_its_laws(example):
     assert verdict.ok, str(verdict)
 
 
+# -- measurements
+
+
+ENVIRONMENT = environment(seed=0)
+
+
+def bench_rows(methods, contexts, model="tiny"):
+    """Rows of `qkv bench`: (label, stack, KL, share held, share read) at each context; KL None: the row failed."""
+    for context in contexts:
+        for label, stack, kl, held, read in methods:
+            row = {
+                "key": f"{label}{context}",
+                "method": {"label": label, "stack": [{"id": i, "parameters": p} for i, p in stack]},
+                "kind": "cache",
+                "context": context,
+                "task": "kl",
+                "model": {"name": model, "dtype": "float32", "device": "cpu"},
+                "environment": ENVIRONMENT,
+            }
+            if kl is None:
+                yield row | {"status": "error", "error": {"type": "Refused", "message": "no <room>"}}
+                continue
+            cost = {"full_bytes": 1000, "held_bytes": int(1000 * held), "read_bytes": int(1000 * read)}
+            yield row | {"status": "ok", "metrics": {"kl": kl * context / 1000, "top1": 0.5}, "cost": cost}
+
+
+def keep(folder, methods, contexts, command):
+    folder.mkdir(parents=True)
+    for row in bench_rows(methods, contexts):
+        append_jsonl(folder / "results.jsonl", row)
+    (folder / "command.txt").write_text(f"{command}\n")
+
+
+FULL = ("full", [("full", {})], 0.0, 1.0, 1.0)
+
+
+def many(ids):
+    for i, name in enumerate(ids):
+        for b in (0.5, 0.25):
+            yield f"{name}:budget={b}", [(name, {"budget": b})], 0.1 * (1 + i) / b, b, b
+
+
+def test_a_large_run_in_parts_is_grouped_by_budget_and_sorted_by_divergence(generate, tmp_path):
+    stream = ("streamingllm:window=252", [("streamingllm", {"window": 252, "sinks": 4})], 0.33, 0.25, 0.25)
+    reader = ("quest:budget=0.25", [("quest", {"budget": 0.25})], 0.15, 1.02, 0.25)
+    packed = ("kivi:bits=4", [("kivi", {"bits": 4})], 0.01, 0.3, 0.3)
+    failed = ("zipvl:budget=0.5", [("zipvl", {"budget": 0.5})], None, 0, 0)
+    keep(tmp_path / "run" / "a", [FULL, *many("abcdefgh"), packed, failed], [512, 1024], "qkv bench a")
+    keep(tmp_path / "run" / "b", [FULL, stream, reader], [512, 1024], "qkv bench b")
+    text, runs, files = generate._runs.page(tmp_path, tmp_path / "none.json", "note")
+    assert list(runs) == ["run"] and "qkv bench a\nqkv bench b\n" in text
+    assert sum(r.method == "full" for r in runs["run"].records) == 2  # one a context, though both parts have it
+    quarter = text.split("### run: 25 % of the tokens")[1]
+    first = quarter.split("<details")[0]
+    found = re.findall(r"^\| `([a-z]+)", first, flags=re.M)
+    assert found == ["quest", "streamingllm", *"abcdefgh"]  # by KL at 1024; 252 + 4 of 1024 tokens are a quarter
+    assert "| `quest:budget=0.25` | 0.0768 | 0.1536 | 102% |" in first
+    assert "| `kivi:bits=4` |" in text.split("No budget of tokens")[1].split("### run")[0]
+    assert "- `zipvl:budget=0.5` at 512: kl: Refused: no &lt;room>" in text
+    assert text.count("<details") == text.count("</details>") and "KL at 512" in first
+    held, read = (files[f"bench-run-1024-{what}.svg"] for what in ("held", "read"))
+    assert ">quest<" in read and ">quest<" not in held  # it spares no byte that is held
+    assert ">h<" in held and ">h<" in read
+
+
+def test_a_small_run_is_a_table_a_context(generate, tmp_path):
+    keep(tmp_path / "small", [FULL, *many("ab")], [512, 1024], "qkv bench")
+    (run,) = generate._runs.page(tmp_path, tmp_path / "none.json", "note")[1].values()
+    text = "\n".join(generate._runs.tables(run))
+    assert text.index("512 tokens of context") < text.index("1024 tokens of context")
+    assert "| `b:budget=0.25` | 0.8192 | 50% | 25% |"[:30] in text and "passkey" not in text  # no row measured it
+
+
+@pytest.mark.parametrize(
+    ("label", "line"),
+    [
+        ("h2o:budget=0.25", "h2o"), ("kivi:bits=2", "kivi"), ("quest:budget=64,share=query_head", "quest:share=query_head"),
+        ("transmla:kv_rank=128,freqfold=2", "transmla:freqfold=2"), ("xattention+h2o:budget=0.5", "xattention+h2o"),
+        ("a:x=1,budget=3+b:window=2", "a:x=1+b"), ("full", "full"),
+    ],
+)  # fmt: skip
+def test_budgets_of_one_method_are_one_line(generate, label, line):
+    assert generate._runs.family(label) == line
+
+
+def test_pass_keys_beside_kvpress(generate, tmp_path):
+    cells = [{"context": n, "depth": 0.5, "right": n == 1024} for n in (1024, 2048) for _ in range(3)]
+    rows = [{"method": m, "accuracy": 0.5, "held": 0.25, "cells": cells} for m in ("tova:budget=0.25", "kvpress TOVA")]
+    peers = [{"transformers": "5.2.0", "torch": "2"}]
+    write_json(tmp_path / "needles.json", ENVIRONMENT | {"peers": peers, "keep": 0.25, "rows": rows})
+    text = generate._runs.page(tmp_path / "none", tmp_path / "needles.json", "note")[0]
+    assert "| `tova:budget=0.25` | 50% | 3 of 3 | 0 of 3 | 25% |" in text and "| kvpress TOVA | 50% |" in text
+    assert "kvpress with transformers 5.2.0" in text
+
+
+def test_a_gpu_page_of_nothing_says_what_is_not_recorded(generate, tmp_path):
+    text = generate._gpu.page(tmp_path, "note")
+    assert text.count("Not recorded.") == len(generate._gpu.SECTIONS)
+    assert all(f"--out benchmarks/results/{file}.json" in text for file, *_ in generate._gpu.SECTIONS)
+
+
+def test_ratios_stand_beside_their_bounds(generate, tmp_path):
+    gpu = ENVIRONMENT | {"machine": ENVIRONMENT["machine"] | {"gpus": [{"name": "Some GPU", "memory_bytes": 1}]}}
+    shape = {"batch": 16, "context": 32768, "heads": 32, "kv_heads": 8, "width": 128}
+    rows = [
+        {"method": "torch FLASH_ATTENTION, 32768 keys", "ms": 0.5, "copy_ms": 0.8},
+        {"method": "full", "ms": 0.5, "best_exact_over_method": 1.0, "full_over_method": 1.0, "held_bytes": 4 * 10**9,
+         "copy_ms": 0.8},
+        {"method": "h2o:budget=8192", "ms": 0.25, "best_exact_over_method": 2.0, "full_over_method": 2.0, "held_bytes": 10**9,
+         "copy_ms": 0.2},
+        {"method": "kivi:bits=2", "error": "RuntimeError: it broke"},
+    ]  # fmt: skip
+    write_json(tmp_path / "attention_gpu.json", gpu | shape | {"rows": rows})
+    decode = [
+        {
+            "what": "full graph",
+            "batch": 8,
+            "context": 4096,
+            "cache_bytes": 4 * 10**9,
+            "ms_per_token": 4.0,
+            "peak_gb": 9.0,
+        },
+        {"what": "h2o graph", "batch": 8, "context": 4096, "cache_bytes": 10**9, "ms_per_token": 2.5, "peak_gb": 5.0},
+        {
+            "what": "transformers static, auto-compiled",
+            "batch": 8,
+            "context": 4096,
+            "ms_per_token": 10.0,
+            "peak_gb": 9.0,
+        },
+    ]
+    whole = {"model": {"num_hidden_layers": 4}, "weight_bytes": 2 * 10**9, "kernel": [], "rows": decode}
+    write_json(tmp_path / "decode_gpu.json", {"environment": gpu} | whole)
+    packed = [
+        {
+            "batch": 2,
+            "tokens": 64,
+            "bits": 16,
+            "bytes": 4000,
+            "decode_attention": 0.5,
+            "FLASH_ATTENTION": 0.4,
+            "CUDNN_ATTENTION": 0.6,
+        },
+        {
+            "batch": 2,
+            "tokens": 60,
+            "bits": 4,
+            "bytes": 1000,
+            "ms": 0.2,
+            "TB/s": 1.0,
+            "relative_error": 0.001,
+            "store_ms": 0.01,
+        },
+    ]
+    write_json(tmp_path / "packed_gpu.json", {"environment": gpu, "rows": packed})
+    text = generate._gpu.page(tmp_path, "note")
+    assert "| `h2o:budget=8192` | 0.250 | 2.00× | 2.00× | 4.00× | 1.000 | 0.200 |" in text
+    assert "- `kivi:bits=2`: RuntimeError: it broke" in text
+    assert "| `h2o graph` | 2.500 | 4.00× | 1.60× | 2.00× | 1.00 | 5.0 |" in text
+    assert "--shapes 8x4096 --layers 4" in text and "Some GPU, torch" in text
+    assert "| B2 M60 | 4 | 0.200 | – | – | 2.00× | 4.00× |" in text
+
+
+def test_operators_have_one_number_in_all_figures(generate):
+    text, files = generate._operators.page(ROOT / "benchmarks" / "results", "note")
+    legends = [dict(re.findall(r">\n?(\d+)</text>\n<text class=\"name\"[^>]*>([^<]+)<", f)) for f in files.values()]
+    assert len(files) == 3 and all(len(x) > 5 for x in legends)
+    assert len({(n, name) for x in legends for n, name in x.items()}) == len({n for x in legends for n in x})
+    assert all(f"](figures/{name})" in text for name in files)
+
+
+# -- figures
+
+
+def figure(points):
+    series = [charts.Series(i, f"m<{i}>", p) for i, p in enumerate(points)]
+    chart = charts.curves("t & u", series, "x", "y", x_log=True, around=True, best="less", x_mark=1.0, height=400)
+    return charts.alone("t & u", chart, [(s.number, s.text) for s in series], 400)
+
+
+CROWD = [[(0.5 + 0.001 * i, 0.2 + 0.003 * i), (0.9, 0.1 + 0.002 * i)] for i in range(25)]
+
+
+def test_a_figure_is_a_file_that_needs_nothing():
+    svg = figure(CROWD)
+    root = ET.fromstring(svg)
+    assert root.get("role") == "img" and "m<3>: " in root.get("aria-label")
+    tags = {e.tag.rpartition("}")[2] for e in root.iter()}
+    assert tags <= {"svg", "style", "rect", "text", "g", "title", "desc", "path", "line", "circle"}
+    assert not re.search(r"href|url\(|@import|<script", svg) and "prefers-color-scheme: dark" in svg
+    names = [e.text for e in root.iter() if e.get("class") == "name"]
+    assert names == [f"m<{i}>" for i in range(25)]
+    assert figure(CROWD) == svg
+
+
+def test_labels_of_a_crowded_figure_do_not_overlap():
+    plot, *_ = figure(CROWD).split('class="name"')
+    places = [tuple(map(float, p)) for p in re.findall(r'class="badge" cx="([\d.]+)" cy="([\d.]+)"', plot)][:25]
+    for (a, b), (c, d) in itertools.combinations(places, 2):
+        assert math.hypot(a - c, b - d) > 1.9 * charts.BADGE
+
+
+def test_every_kept_figure_has_words_and_is_shown():
+    shown = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md"))
+    kept = sorted((ROOT / "docs" / "figures").glob("*.svg"))
+    assert kept
+    for path in kept:
+        ET.fromstring(path.read_text(encoding="utf-8"))
+        assert re.search(rf"!\[[^\]]{{40,}}\]\(figures/{re.escape(path.name)}\)", shown), path.name
+
+
+# -- the guides
+
+
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+PAGES = [*GUIDES, *(ROOT / "docs").glob("*.md"), *sorted((ROOT / "docs" / "methods").glob("*.md")), ROOT / "README.md"]
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in GUIDES if blocks(p, "python") and p.stem != "add-a-method"], ids=lambda p: p.stem
+)
+def test_the_code_of_a_guide_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = tiny_model(hidden_size=128), tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    texts = [f"In the year {1000 + i} a ship came home with {i % 7 + 2} men." for i in range(6)]
+    inputs = tokenizer("The sea is wide. " * 20, return_tensors="pt")
+    names = {"model": model, "tokenizer": tokenizer, "texts": texts, "inputs": inputs}
+    for code in blocks(page, "python"):
+        code = code.replace("kv_rank=128,rope_dim=64", "kv_rank=64,rope_dim=32").replace(
+            "max_steps=1000", "max_steps=1, use_cpu=True"
+        )
+        if "graph=True" in code:  # there is no CUDA device here: refused, and the model is as it was
+            with pytest.raises(Refused, match="CUDA"):
+                exec(compile(code, page.name, "exec"), names)
+            continue
+        exec(compile(code, page.name, "exec"), names)
+
+
+def commands(page):
+    for text in blocks(page, "sh"):
+        for line in text.splitlines():
+            line = line.partition(" #")[0].strip().removeprefix(".venv/bin/")
+            if line.startswith("qkv "):
+                yield shlex.split(line)[1:]
+
+
+def test_every_command_in_the_docs_can_be_typed(tmp_path, monkeypatch):
+    import typer
+
+    from qkv.cli._app import app
+    from qkv.core.registry import method
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("long.txt", "book.txt", "my-text.txt", "small_keys.py"):
+        Path(name).write_text("x")
+    Path("notes").mkdir()
+    group, seen = typer.main.get_command(app), set()
+    for page in PAGES:
+        for name, *given in commands(page):
+            seen.add(name)
+            context = group.commands[name].make_context(name, list(given))
+            chosen = context.params.get("method") or ()
+            for setting in [chosen] if isinstance(chosen, str) else chosen:
+                for part in re.split(r"\+(?=[A-Za-z])", setting):
+                    method(part)
+    assert seen >= {"bench", "generate", "convert", "distill", "train", "inspect", "show", "verify", "methods"}
+
+
 # -- the site
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in [*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"]:
-        for target in re.findall(r"\]\(([^)#:]+\.md)\)", page.read_text(encoding="utf-8")):
+    for page in [*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]:
+        for target in re.findall(r"\]\(([^)#:]+\.(?:md|svg))\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).is_file(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_navigation():
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert re.search(rf"(?m)[ ]{page.relative_to(ROOT / 'docs').as_posix()}$", site), page.name
 
 
 def test_pages_hold_no_data_of_this_machine():

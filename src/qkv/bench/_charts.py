@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 360, 280
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 42
 COLOURS = 7
-LEGEND_ROW, LETTER = 20, 6.2
+LEGEND_ROW, LETTER = 20, 6.6
 _MOST = 1e30  # an axis ends here, whatever a broken method gave
 BADGE = 8.5
 
@@ -130,7 +130,13 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _linear_ticks(low: float, high: float) -> list[float]:
     raw = (high - low) / 5
     scale = 10 ** math.floor(math.log10(raw))
-    step = next(m * scale for m in (1, 2, 2.5, 5, 10) if m * scale >= raw)
+    steps = [m * scale for m in (0.5, 1, 2, 2.5, 5, 10)]
+    at = next(i for i, step in enumerate(steps) if i and step >= raw)
+    found = _steps(low, high, steps[at])
+    return found if len(found) >= 3 else _steps(low, high, steps[at - 1])
+
+
+def _steps(low: float, high: float, step: float) -> list[float]:
     start = math.ceil(low / step - 1e-9)
     return [i * step for i in range(start, math.floor(high / step + 1e-9) + 1)]
 
