@@ -49,9 +49,11 @@ class Window(Policy):
         """Pieces of about the window, so that a long prompt never needs a mask of its own size squared."""
         return max(64, keep)
 
-    def visible(self, query: Tensor, position: Tensor) -> Tensor:
-        """A query's own window, so that a block sees no more than single steps would."""
-        return position.unsqueeze(2) >= query[:, None, :, None] - self.slots(1 << 40)
+    def visible(self, query: Tensor, position: Tensor) -> Tensor | None:
+        """A query's own window, so that a block sees what single steps would; the whole block where the budget is a share."""
+        if isinstance(self.budget, float):
+            return None
+        return position.unsqueeze(2) >= query[:, None, :, None] - min(self.budget, 1 << 30)  # positions are int32
 
     def rank(self, state: Tensor | None, view: View) -> Tensor:
         """Newer is better."""
