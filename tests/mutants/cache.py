@@ -12,6 +12,7 @@ from torch import Tensor
 from qkv.caches._stores.dense import DenseCache
 from qkv.caches._stores.folding import FoldingCache
 from qkv.caches._stores.packed import PackedCache
+from qkv.caches._stores.prefixed import Fold, PrefixedCache
 from qkv.caches._stores.ragged import RaggedCache, share_out
 from qkv.caches._stores.ranked import RankedCache
 from qkv.caches._stores.selective import SelectiveCache
@@ -23,6 +24,7 @@ from qkv.caches.lazyeviction import LazyEviction
 from qkv.caches.pyramidkv import PyramidKV
 from qkv.caches.quest import Quest
 from qkv.caches.razorattention import RazorAttention
+from qkv.caches.shared_prefix import SharedPrefix
 from qkv.caches.snapkv import SnapKV
 from qkv.caches.streamingllm import StreamingLLM
 from qkv.caches.window import Window
@@ -362,6 +364,13 @@ class HidesTables(RaggedCache):
         return super().bytes() - sum(x.numel() * x.element_size() for x in (self.base, self.cap) if x is not None)
 
 
+class SharesOneMore(PrefixedCache):
+    """The first token in which two rows differ is taken for common."""
+
+    def _found(self) -> list[Fold]:
+        return [fold._replace(end=fold.end + 1) for fold in super()._found()]
+
+
 def folding(memory: type[FoldingCache]) -> Any:
     """RazorAttention over a broken store."""
 
@@ -436,6 +445,10 @@ MUTANTS: dict[str, list[tuple[str, Any]]] = {
         ("stores_padding", ranked(Window, StoresPadding)),
         ("counts_columns", ranked(StreamingLLM, CountsColumns)),
         ("widens", packed(WidensByPadding)),
+        (
+            "one_further",
+            mutant(SharedPrefix, layer=lambda self, geometry: SharesOneMore(geometry, self.min_tokens, self.id)),
+        ),
     ],
     "limit_is_exact": [
         ("early", mutant(H2O, slots=early_limit)),

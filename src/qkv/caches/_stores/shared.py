@@ -41,6 +41,24 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((out, x[..., r:]), dim=-1) if r < x.shape[-1] else out
 
 
+def together(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of readers q ``[R, H, N, D]`` to keys and values ``[1, G, S, .]`` that all of them share, and its lse.
+
+    The keys are read once for all readers. mask: ``[1, 1, R N, S]``, readers outermost.
+    """
+    r, h, n, d = q.shape
+    out, lse, _ = attend(q.transpose(0, 1).reshape(1, h, r * n, d), k, v, mask=mask, scale=scale)
+    return out.reshape(h, r, n, -1).transpose(0, 1), lse.reshape(h, r, n).transpose(0, 1)
+
+
+def spread(out: Tensor, lse: Tensor, rows: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """A part of some `rows` ``[R]`` as one of all `total` rows: the others have read nothing."""
+    empty = torch.full((total, *lse.shape[1:]), -torch.inf, dtype=lse.dtype, device=lse.device)
+    return out.new_zeros(total, *out.shape[1:]).index_copy(0, rows, out), empty.index_copy(0, rows, lse)
+
+
 @final
 class CacheBlock:
     """A run of tokens: for every layer keys ``[1, G, S, D]`` at local positions 0..S-1 and values ``[1, G, S, E]``."""
@@ -215,7 +233,7 @@ class SharedCache:
 
     def _by_queries(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Queries turned back by each block's offset, blocks read as they are, parts merged by their lse."""
-        (workers, h, n, _), wide = q.shape, torch.promote_types(q.dtype, torch.float32)
+        (workers, _, n, _), wide = q.shape, torch.promote_types(q.dtype, torch.float32)
         cos, sin = self.turns[id(self.ropes[layer])]
         back = turned(q[self.pair_worker], cos[workers:], sin[workers:])  # [P, H, N, D]
         parts, at = [], 0
@@ -227,16 +245,9 @@ class SharedCache:
                 k, v = (x.expand(len(readers), -1, -1, -1) for x in block.held[layer])
                 out, lse = kernel("decode:decode_attention")(mine, k, v, length=length, scale=scale)
             else:
-                k, v = block.layer(layer, self.after[id(block)])
-                together = mine.transpose(0, 1).reshape(1, h, -1, mine.shape[-1])  # [1, H, W N, D]
-                out, lse, _ = attend(together, k, v, mask=mask, scale=scale)
-                out = out.reshape(h, len(readers), n, -1).transpose(0, 1)
-                lse = lse.reshape(h, len(readers), n).transpose(0, 1)
+                out, lse = together(mine, *block.layer(layer, self.after[id(block)]), mask=mask, scale=scale)
             if some is not None:
-                out = out.new_zeros(workers, *out.shape[1:]).index_copy(0, some, out)
-                lse = torch.full((workers, h, n), -torch.inf, dtype=lse.dtype, device=lse.device).index_copy(
-                    0, some, lse
-                )
+                out, lse = spread(out, lse, some, workers)
             parts.append((out, lse.to(wide)))
         return merge(*parts)[0] if len(parts) > 1 else parts[0][0]
 

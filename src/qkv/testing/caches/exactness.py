@@ -37,7 +37,7 @@ from qkv.testing.caches._memory import (
 
 @law("cache", "A row of a padded batch reads what it reads alone, whatever lies in its padding.")
 def row_reads_as_alone(case: Case) -> None:
-    """Prompt, steps (one of them idle), and a later block, padded too; junk of size 50 in the padding."""
+    """Prompt, steps (one of them idle), and a later block, padded too; junk of size 50 in the padding. Rows that begin alike."""
     tokens = stream(case, ragged=True)
     got = drive(small(case).layer(site()), tokens, CUTS)
     for row, cuts in enumerate(ALONE):
@@ -48,6 +48,13 @@ def row_reads_as_alone(case: Case) -> None:
     got = drive(small(case).layer(site()), late, (1,) * 32)
     want = drive(small(case).layer(site()), late.alone(1), (1,) * 20)
     close(got[1:, :, 12:], want, atol=EXACT, what="a row whose padding is fed token by token")
+    alike = stream(case, salt=4)
+    for x in (alike.k, alike.v):
+        x[1, :, PADS : PADS + 9] = x[0, :, :9]
+    got = drive(small(case).layer(site()), alike, CUTS)
+    for row, pads in enumerate((0, PADS)):
+        want = drive(small(case).layer(site()), alike.alone(row), (PROMPT - pads, *CUTS[1:]))
+        close(got[row : row + 1, :, pads:], want, atol=EXACT, what=f"row {row} of two that begin alike")
 
 
 def _limits(case: Case) -> bool:
