@@ -57,7 +57,7 @@ def run(model: Any, given: Batch, new: int) -> tuple[Tensor, float]:
 def main() -> None:
     a = arguments(__doc__)
     model, tokenizer = load(a)
-    common, rows, tail, new = (256, 4, 32, 6) if a.quick else (4096, 16, 64, 34)
+    common, rows, tail, new = (192, 3, 8, 4) if a.quick else (4096, 16, 64, 34)
     started, table, base = time.perf_counter(), [], torch.empty(0)
     for label, method, alike in (
         ("plain cache", "window:budget=1.0", True),
