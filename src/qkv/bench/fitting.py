@@ -1,7 +1,8 @@
 """Training loops for comparisons: many small models, the same steps, on one device, as fast as it goes.
 
 On CUDA a whole optimiser step is captured once and replayed, since small models are bound by launches; a model that cannot be
-captured trains step by step, and the result says so.
+captured trains step by step, and the result says so. Transformers' Trainer, which `qkv.distill` trains with, cannot be captured,
+and what it adds (checkpoints, accumulation, several devices) is no part of a step's time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qkv.core.errors import InvalidParameter, QKVError, TrainingError
+from qkv.core.training import decayed
 
 Batch = Callable[[int], Sequence[Tensor]]
 
@@ -30,7 +32,10 @@ class Fit:
 
 
 def schedule(step: int, steps: int, rate: float) -> float:
-    """Linear warm-up over a tenth of the steps, a cosine down to a tenth of `rate`."""
+    """Linear warm-up over a tenth of the steps, times a cosine over all of them, down to a tenth of `rate`.
+
+    Not `qkv.core.training.course`, whose cosine begins after the warm-up: recorded comparisons were trained with this one.
+    """
     return rate * min(1.0, (step + 1) / max(1, steps // 10)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
@@ -44,11 +49,7 @@ def fit(
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     lr = torch.tensor(rate, device=device) if cuda else rate
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": decay},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), capturable=cuda)
+    optimiser = torch.optim.AdamW(decayed(model.parameters(), decay), lr=lr, betas=(0.9, 0.95), capturable=cuda)
 
     def one(inputs: Sequence[Tensor]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):

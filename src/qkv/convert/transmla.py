@@ -224,11 +224,6 @@ def _some(data: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str
     return out
 
 
-def _put(model: Any, name: str, module: Any) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def _set_norms(
     model: Any, sites: Sequence[Site], data: Sequence[Mapping[str, Tensor]], parts: Mapping[str, Any]
 ) -> None:
@@ -439,15 +434,14 @@ class TransMLA(Conversion):
                 assert isinstance(whole, TransMLA)
                 shape, _, tensors = whole.assemble(s, module, moments[s.name], scales[s.name], fold)
                 like = module.q_proj.weight
-                _put(
-                    model,
+                model.set_submodule(
                     s.name,
                     converted_module(s, module, shape, {k: v.to(like.device, like.dtype) for k, v in tensors.items()}),
                 )
             return perplexity(model, data)
         finally:
             for name, module in before.items():
-                _put(model, name, module)
+                model.set_submodule(name, module)
 
     def rebuild(
         self, model: Any, sites: Sequence[Site], tensors: Mapping[str, Tensor], notes: Mapping[str, Any]

@@ -28,6 +28,7 @@ from torch import Tensor
 from qkv.core.cache import Rope
 from qkv.core.decoding import Progress
 from qkv.core.errors import InvalidInput, InvalidParameter, SavedDataError, TrainingError
+from qkv.core.training import course, evaluated, frozen
 from qkv.decode._glide import GlideDraft, anchor_offset_positions, last_site, target_fingerprint
 from qkv.hosts import observe, stack
 
@@ -66,11 +67,7 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, from 0."""
-        warm = max(1, round(self.warmup * self.steps))
-        if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        done = (step - warm) / max(1, self.steps - warm)
-        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        return self.learning_rate * course(step, self.steps, max(1, round(self.warmup * self.steps)))
 
 
 @dataclass(frozen=True)
@@ -151,19 +148,8 @@ def _reading(model: Any, site: Any, held: list[Tensor]) -> Iterator[None]:
     def keep(_: Any, call: Any) -> None:
         held[:] = [call.k, call.v]
 
-    learning = [p for p in model.parameters() if p.requires_grad]
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    for p in learning:
-        p.requires_grad_(False)
-    try:
-        with observe(model, keep, where=[site.name]):
-            yield
-    finally:
-        for p in learning:
-            p.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
+    with frozen(model), evaluated(model), observe(model, keep, where=[site.name]):
+        yield
 
 
 def batch_of(tokens: Tensor, recipe: Recipe, step: int, reach: int) -> tuple[Tensor, Tensor, int]:

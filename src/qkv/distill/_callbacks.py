@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 from transformers import TrainerCallback
@@ -51,31 +45,3 @@ class Bar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.bar.stop()
-
-
-@contextmanager
-def gently(trainer: DistillTrainer) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) ends the run after its step, with a checkpoint; another Ctrl-C a second later at once.
-
-    What comes within the second is the same wish twice: `timeout`, `make` and launchers pass a signal on to a process that
-    the terminal has signalled already. Left alone in other threads than the main one, and in runs of several processes,
-    which would stop at different steps.
-    """
-    if threading.current_thread() is not threading.main_thread() or trainer.accelerator.num_processes > 1:
-        yield
-        return
-    first = math.inf
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal first
-        if trainer.stopped is None:
-            trainer.stopped, first = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - first > 1.0:
-            raise KeyboardInterrupt("stopped at once, without a checkpoint")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -26,8 +26,9 @@ from qkv import hosts
 from qkv.core.errors import InvalidInput, InvalidParameter, Refused, SavedDataError, TrainingError, UnknownName
 from qkv.core.objective import Objective
 from qkv.core.spec import near
+from qkv.core.training import gently
 from qkv.distill import _folder
-from qkv.distill._callbacks import Bar, Stop, gently
+from qkv.distill._callbacks import Bar, Stop
 from qkv.distill._data import Collator, Items
 from qkv.distill.lessons import Lesson, read_weights
 from qkv.distill.trainer import DistillTrainer
@@ -236,7 +237,8 @@ class Run:
                 cleanup.callback(bar.bar.stop)
             cleanup.callback(student.train, mode)
             cleanup.enter_context(lesson.open(args.device))
-            cleanup.enter_context(gently(trainer))
+            if trainer.accelerator.num_processes == 1:  # several processes would stop at different steps
+                trainer.asked = cleanup.enter_context(gently(signal.SIGINT, signal.SIGTERM))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if trainer.stopped is not None and trainer.state.global_step < trainer.state.max_steps:
             message = f"stopped at step {trainer.state.global_step} with a checkpoint; go on with resume=True"

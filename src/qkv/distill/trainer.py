@@ -43,10 +43,15 @@ class DistillTrainer(Trainer):
         self.records = _folder.Records(self.folder.parent / "metrics.jsonl")
         self.model_accepts_loss_kwargs = True  # the loss comes normalised over the whole step
         self.loss_is_scaled_for_ga = True
-        self.stopped: int | None = None
+        self.asked: list[int] = []
         self._parts: dict[str, Tensor] = {}
         self._steps = 0
         self.remove_callback(PrinterCallback)
+
+    @property
+    def stopped(self) -> int | None:
+        """The signal that asked the run to end, or None."""
+        return self.asked[0] if self.asked else None
 
     # -- loss
 

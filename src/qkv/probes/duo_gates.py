@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
@@ -31,6 +31,7 @@ from qkv.core.heads import HeadTable
 from qkv.core.probe import Probe, ProbeSpec, Progress, Scene
 from qkv.core.site import Site
 from qkv.core.spec import param
+from qkv.core.training import frozen
 from qkv.hosts import applied, observe, sites
 from qkv.probes._mixture import Mixed
 from qkv.probes._needle import FILLER, encode
@@ -120,19 +121,6 @@ def _batches(data: Any) -> list[dict[str, Tensor]]:
     if not out:
         raise InvalidInput("duo-gates: data= is empty")
     return out
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """No parameter asks for gradients meanwhile."""
-    asked = [p for p in model.parameters() if p.requires_grad]
-    for p in asked:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in asked:
-            p.requires_grad_(True)
 
 
 def _final(model: Any, ids: Tensor, whole: bool) -> Tensor:
@@ -255,7 +243,7 @@ class DuoGates(Probe):
             used[site.layer, : site.kv_heads] = True  # type: ignore[index]
         optimizer = torch.optim.AdamW([gates], lr=self.learning_rate, weight_decay=0.0)
         where, records = [s.name for s in watched], []
-        with _frozen(model):
+        with frozen(model):
             for step in range(self.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = self.learning_rate * self.rate(step)

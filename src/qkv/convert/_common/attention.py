@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qkv.core.errors import InvalidInput, Refused
 from qkv.core.site import Site
+from qkv.core.training import evaluated
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -68,14 +69,8 @@ def plain_projections(site: Site, module: nn.Module) -> str | None:
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode comes back."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluated(model), torch.no_grad():
+        yield
 
 
 def run(model: Any, batch: Mapping[str, Tensor], head: bool = False) -> Any:

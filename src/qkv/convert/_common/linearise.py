@@ -29,6 +29,7 @@ from qkv.core.conversion import Conversion, batches
 from qkv.core.errors import SavedDataError
 from qkv.core.site import Site
 from qkv.core.spec import param
+from qkv.core.training import evaluated, frozen
 from qkv.hosts import stack
 from qkv.layers._linearised import LinearisedProjections, LinearisedShape
 
@@ -356,27 +357,15 @@ def updated(layers: Mapping[str, Any], rank: int, alpha: float, seed: int) -> It
 def in_place(model: Any, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """While open, `layers` stand in the model, in evaluation mode, and nothing else of it learns."""
     before = {name: model.get_submodule(name) for name in layers}
-    learning = [p for p in model.parameters() if p.requires_grad]
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        for p in learning:
-            p.requires_grad_(False)
-        for name, layer in layers.items():
-            _put(model, name, layer)
-        model.eval()
-        yield
-    finally:
-        for name, module in before.items():
-            _put(model, name, module)
-        for p in learning:
-            p.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
-
-
-def _put(model: Any, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    with frozen(model), evaluated(model):
+        try:
+            for name, layer in layers.items():
+                model.set_submodule(name, layer)
+            model.eval()
+            yield
+        finally:
+            for name, module in before.items():
+                model.set_submodule(name, module)
 
 
 def next_token_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

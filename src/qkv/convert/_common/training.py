@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,11 @@ from torch import Tensor, nn
 
 from qkv.core.conversion import Lessons
 from qkv.core.errors import SavedDataError, TrainingError
+from qkv.core.training import course, gently
 from qkv.hosts import stack
 
 WHAT = "conversion-training"
+WARM = 0.05
 
 
 def digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
@@ -41,14 +41,6 @@ def order(batches: int, passes: int, seed: int) -> list[int]:
     for i in range(passes):
         out += torch.randperm(batches, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)).tolist()
     return out
-
-
-def rate(step: int, steps: int) -> float:
-    """The share of the learning rate at a step, from 0."""
-    warm = max(1, round(0.05 * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 class Keeper:
@@ -141,10 +133,11 @@ def descend(
     optimizer = torch.optim.AdamW([{"params": list(n.values()), "lr": r} for n, r in groups], weight_decay=0.0)
     losses = keeper.load(stage, parameters, optimizer)
     todo = order(len(batches), passes, seed)
-    with _gentle() as asked:
+    with gently(signal.SIGINT) as asked:
+        warm = max(1, round(WARM * len(todo)))
         for step in range(len(losses), len(todo)):
             for group, (_, top) in zip(optimizer.param_groups, groups, strict=True):
-                group["lr"] = top * rate(step, len(todo))
+                group["lr"] = top * course(step, len(todo), warm)
             optimizer.zero_grad()
             loss = learn(batches[todo[step]])
             if not math.isfinite(loss):
@@ -160,23 +153,3 @@ def descend(
             if asked and step + 1 < len(todo):
                 raise KeyboardInterrupt(f"{stage}: stopped after step {step + 1} of {len(todo)}")
     return losses
-
-
-@contextmanager
-def _gentle() -> Iterator[list[int]]:
-    """The first Ctrl-C is noted (the list is no longer empty), another one is raised. Only in the main thread."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.core.errors import InvalidInput, InvalidParameter, SavedDataError, TrainingError
+from qkv.core.training import course, decayed
 from qkv.hosts.stack import read_folder, write_folder
 from qkv.models.language.masked_diffusion import BYTES, MaskedDiffusionConfig, MaskedDiffusionLM
 
@@ -154,9 +155,7 @@ class _Run:
         self.config, self.training, self.device, self.facts = config, training, device, facts
         self.data, self.held = data, held
         self.model = MaskedDiffusionLM(config, training.seed).to(device).train()
-        wide = [p for p in self.model.parameters() if p.ndim > 1]
-        thin = [p for p in self.model.parameters() if p.ndim == 1]
-        groups = [{"params": wide, "weight_decay": training.weight_decay}, {"params": thin, "weight_decay": 0.0}]
+        groups = decayed(self.model.parameters(), training.weight_decay)
         self.optimiser = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.98))
         self.named = dict(self.model.named_parameters())
         self.step, self.sum, self.seconds = 0, torch.zeros((), device=device), 0.0
@@ -165,10 +164,7 @@ class _Run:
     def rate(self) -> float:
         """Learning rate of the next step: a linear start, then half a cosine down to a twentieth."""
         t = self.training
-        if self.step < t.warmup:
-            return t.learning_rate * (self.step + 1) / t.warmup
-        done = (self.step - t.warmup) / max(1, t.steps - t.warmup)
-        return t.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+        return t.learning_rate * course(self.step, t.steps, t.warmup, floor=0.05)
 
     def _loss(self, batch: Batch) -> Tensor:
         mixed = torch.autocast(self.device.type, torch.bfloat16) if self.training.bf16 else contextlib.nullcontext()
