@@ -23,7 +23,7 @@ from qkv.caches.streamingllm import StreamingLLM
 from qkv.caches.tova import TOVA
 from qkv.caches.window import Window
 from qkv.core.attend import attend
-from qkv.core.cache import Geometry, Now, Step, View
+from qkv.core.cache import Geometry, Now, Rope, Step, View
 from qkv.core.errors import InvalidParameter
 from qkv.core.spec import Method
 
@@ -318,13 +318,31 @@ def _free(position, slot, *, worth=None, protect=0) -> None:
     position.scatter_(2, slot, -1)
 
 
-def _read(q, k, v, *, length, position=None, scale):
+def _read(q, k, v, *, length, position=None, scale, scores=None):
     done = attend(q, k, v, mask=_live(k, length, position), scale=scale)
+    if scores is not None:
+        scores.copy_((q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale).squeeze(2))
     return done.out, done.lse
 
 
-def _mass(q, k, lse, *, length, position=None, scale):
-    return attend(q, k, k, mask=_live(k, length, position), scale=scale, mass=True).mass
+def _masses(q, k, v, *, length, position=None, drawing=None, scale):
+    done = attend(q, k, v, mask=_live(k, length, position), scale=scale, mass=True)
+    return done.out, done.mass if drawing is None else done.mass * (drawing >= 0)[:, None, None]
+
+
+def _settle(
+    scores, lse, position, slot, new, keep, *, state=None, reduce="sum", layer=False, recent=0.0, normalize=False
+):
+    (b, g, c), newest = position.shape, new.unsqueeze(-1)
+    mass = (scores - lse).exp() * (newest >= 0)
+    mass = mass.mean(1, keepdim=True).expand(b, g, c) if layer else mass.unflatten(1, (g, -1))
+    if not layer:
+        mass = mass.amax(2) if reduce == "max" else getattr(mass, reduce)(2)
+    if state is not None:
+        mass = state.add_(mass.unsqueeze(-1)).squeeze(-1)
+    worth = mass / (newest - position + 1).clamp(min=1) if normalize else mass
+    worth = worth.masked_fill(position > newest - (keep * recent).floor(), torch.inf)
+    _free(position, slot, worth=worth)
 
 
 def _live(k, length, position):
@@ -332,13 +350,22 @@ def _live(k, length, position):
     return (live if position is None else live & (position >= 0)).unsqueeze(2)
 
 
-KERNELS = {"slots:place": _place, "slots:free": _free, "decode:decode_attention": _read, "decode:key_mass": _mass}
+def _turn(keys, anchors, index, frequencies, shift):
+    at = index[..., None].expand(-1, -1, -1, keys.shape[3])
+    keys.scatter_(2, at, Rope(frequencies).rotate(anchors, shift))
+
+
+KERNELS = {
+    "slots:place": _place, "slots:free": _free, "slots:settle": _settle, "slots:turn": _turn,
+    "decode:decode_attention": _read, "decode:decode_masses": _masses,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "method",
     [
         H2O(budget=9), H2O(budget=9, recent=0.0, normalize=True), TOVA(budget=9), KNorm(budget=9), Window(budget=9),
+        H2O(budget=9, group_reduce="max"), TOVA(budget=9, per="head"), StreamingLLM(sinks=2, window=7),
         StreamingLLM(sinks=2, window=7, positions="original"), SnapKV(budget=9, window=4, decode="evict"),
         SnapKV(budget=9, window=4), LazyEviction(budget=9, window=4, sinks=2), KNorm(budget=9, decode="grow"),
     ],
@@ -352,7 +379,8 @@ def test_steps_in_place_are_plain_steps_also_where_a_row_idles(method: Any, monk
     if not CUDA:
         monkeypatch.setattr(ranked, "kernel", KERNELS.__getitem__)
     q, k, v = (x.to(DEVICE) for x in drawn(60, dtype=torch.float32))
-    plain, fast = method.layer(SITE), method.layer(SITE)
+    site = replace(SITE, rope=Rope(10000.0 ** -(torch.arange(D // 2, device=DEVICE) / (D // 2))))
+    plain, fast = method.layer(site), method.layer(site)
     plain._steady_on_device = lambda: False
     if not method.lag():
         fast._steady_on_device = lambda: fast.slot is not None and not fast.holes

@@ -12,7 +12,7 @@ and asserts one row; here each row has its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -70,6 +70,10 @@ class H2O(Policy):
             score = score / (view.newest - view.position + 1).clamp(min=1)
         recent = (view.keep * self.recent).floor().to(view.position.dtype)
         return score.masked_fill(view.position > view.newest - recent, torch.inf)
+
+    def settles(self) -> dict[str, Any] | None:
+        """The same total and rank."""
+        return {"reduce": self.group_reduce, "recent": self.recent, "normalize": self.normalize}
 
     def shift(self, view: View) -> Tensor | None:
         """In-cache positions: every kept key moves up behind its predecessor."""

@@ -83,6 +83,10 @@ class StreamingLLM(Policy):
         """Only the sinks move."""
         return self._sink(view), self.sinks
 
+    def mover_shift(self, newest: Tensor, slots: int) -> Tensor | None:
+        """All movers are sinks."""
+        return newest + 1 - slots if self.positions == "cache" else None
+
     def _sink(self, view: View) -> Tensor:
         return (view.position >= 0) & (view.position < self.sinks)
 

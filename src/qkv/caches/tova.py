@@ -11,7 +11,7 @@ RNNs). per="head" lets each KV head keep a set of its own, by the mean over its 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -61,3 +61,7 @@ class TOVA(Policy):
         if self.per == "head":
             return view.per_group(view.mass, "mean")
         return torch.mean(view.mass, 1, keepdim=True).expand_as(view.position)
+
+    def settles(self) -> dict[str, Any] | None:
+        """The same mean."""
+        return {"reduce": "mean", "layer": self.per == "layer"}

@@ -359,6 +359,17 @@ class Policy(CacheMethod):
         """
         return None
 
+    def mover_shift(self, newest: Tensor, slots: int) -> Tensor | None:
+        """`shift` of the slots that `moving` names in a row that holds `slots` tokens, ``[B, 1, 1]``; None: `shift` is asked.
+
+        newest: as in `View`. Asked once every slot is taken, so that a step need not look at the positions of all slots.
+        """
+        return None
+
+    def settles(self) -> dict[str, Any] | None:
+        """`observe` and `rank` of one token as keywords of `qkv.kernels.slots.settle`, which does both in one pass; or None."""
+        return None
+
     def protected(self) -> int:
         """For policies ranked by position: the first tokens that are never evicted."""
         return 0

@@ -4,6 +4,8 @@ r"""Decode attention over a preallocated cache whose length lives on the device:
 
 One query token per row. The heads of a KV group share every key and value they read. Shapes and launch are the same at every
 length up to the capacity, so the call can be captured in a CUDA graph. Bound: bytes of keys and values in [start, length).
+The same pass can write the scores, D times fewer numbers than the keys: what a key draws, exp(score - lse), then needs no second
+look at the keys (`decode_masses`; `qkv.kernels.slots.settle` takes the scores themselves).
 
 Axes: B batch, H query heads, G key/value heads, R = H / G, C capacity, D head width, E value width, S splits.
 """
@@ -22,8 +24,8 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def _fold(
-    q, top, total, out, k_base, v_base, p_base, j, high, scale2, D, E, k_c, v_c, d, e,
-    HAS_POSITION: tl.constexpr, BOUND: tl.constexpr, EVEN: tl.constexpr,
+    q, top, total, out, k_base, v_base, p_base, s_base, j, high, scale2, R, D, E, k_c, v_c, r, d, e,
+    HAS_POSITION: tl.constexpr, HAS_SCORES: tl.constexpr, BOUND: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Online softmax: the running (top, total, out) with the keys j. BOUND: some lie past `high`. EVEN: D, E fill their tiles."""
     k_at = k_base + j[None, :].to(tl.int64) * k_c + d[:, None]
@@ -42,6 +44,11 @@ def _fold(
         live = live & (tl.load(p_base + j, mask=live, other=-1) >= 0)
     if BOUND or HAS_POSITION:
         s = tl.where(live[None, :], s, float("-inf"))
+    if HAS_SCORES:
+        fits = (r < R)[:, None]
+        if BOUND:
+            fits = fits & (j < high)[None, :]
+        tl.store(s_base + j[None, :], s, mask=fits)
     new = tl.maximum(top, tl.max(s, 1))
     anchor = new
     if BOUND or HAS_POSITION:
@@ -51,12 +58,12 @@ def _fold(
     return new, total * fade + tl.sum(p, 1), out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def _split(
-    q_ptr, k_ptr, v_ptr, length_ptr, start_ptr, position_ptr, part_ptr, lse_ptr,
-    scale2, G, R, S, D, E,
+    q_ptr, k_ptr, v_ptr, length_ptr, start_ptr, position_ptr, scores_ptr, part_ptr, lse_ptr,
+    scale2, G, R, S, C, D, E,
     q_b, q_h, k_b, k_g, k_c, v_b, v_g, v_c, p_b, p_g,
-    HAS_START: tl.constexpr, HAS_POSITION: tl.constexpr, EVEN: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_SCORES: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """One split of one (row, KV head): partial out [R, E] and its lse (base 2)."""
@@ -78,16 +85,17 @@ def _split(
     k_base = k_ptr + b.to(tl.int64) * k_b + g.to(tl.int64) * k_g
     v_base = v_ptr + b.to(tl.int64) * v_b + g.to(tl.int64) * v_g
     p_base = position_ptr + b.to(tl.int64) * p_b + g * p_g
+    s_base = scores_ptr + (pair.to(tl.int64) * R + r)[:, None] * C
     whole = low + (tl.maximum(high - low, 0) // BLOCK) * BLOCK
     for at in range(low, whole, BLOCK):  # whole blocks: no bound to check, so loads are wide and run ahead
         top, total, out = _fold(
-            q, top, total, out, k_base, v_base, p_base, at + c, high, scale2, D, E, k_c, v_c, d, e,
-            HAS_POSITION, False, EVEN,
+            q, top, total, out, k_base, v_base, p_base, s_base, at + c, high, scale2, R, D, E, k_c, v_c, r, d, e,
+            HAS_POSITION, HAS_SCORES, False, EVEN,
         )  # fmt: skip
     if whole < high:
         top, total, out = _fold(
-            q, top, total, out, k_base, v_base, p_base, whole + c, high, scale2, D, E, k_c, v_c, d, e,
-            HAS_POSITION, True, EVEN,
+            q, top, total, out, k_base, v_base, p_base, s_base, whole + c, high, scale2, R, D, E, k_c, v_c, r, d, e,
+            HAS_POSITION, HAS_SCORES, True, EVEN,
         )  # fmt: skip
     safe = tl.where(total > 0, total, 1.0)
     out = out / safe[:, None]
@@ -143,6 +151,22 @@ def _mass(
     tl.store(at, p, mask=(r < R)[:, None] & (j < M)[None, :])
 
 
+@triton.jit(do_not_specialize=["C"])
+def _masses(scores_ptr, lse_ptr, length_ptr, drawing_ptr, H, C, HAS_DRAWING: tl.constexpr, BLOCK: tl.constexpr):
+    """Scores in units of log2 become exp(score - lse), in place; 0 past the length and where a row draws nothing."""
+    head, block = tl.program_id(0), tl.program_id(1)
+    j = block * BLOCK + tl.arange(0, BLOCK)
+    length = tl.load(length_ptr)
+    if HAS_DRAWING:
+        length = tl.where(tl.load(drawing_ptr + head // H) >= 0, length, 0)
+    live = (j < length) & (j < C)
+    lse = tl.load(lse_ptr + head) * 1.4426950408889634
+    lse = tl.where(lse > float("-inf"), lse, 0.0)  # a row that saw nothing
+    at = scores_ptr + head.to(tl.int64) * C + j
+    s = tl.load(at, mask=live, other=float("-inf"))
+    tl.store(at, tl.where(s > float("-inf"), tl.exp2(s - lse), 0.0), mask=j < C)
+
+
 def _check(q: Tensor, k: Tensor, who: str) -> None:
     b, h, n, d = q.shape
     if n != 1 or h % k.shape[1] or k.shape[0] != b or k.shape[3] != d:
@@ -160,6 +184,7 @@ def decode_attention(
     start: Tensor | None = None,
     position: Tensor | None = None,
     scale: float,
+    scores: Tensor | None = None,
     splits: int | None = None,
     block: int = 64,
     warps: int = 4,
@@ -169,8 +194,10 @@ def decode_attention(
 
     q: ``[B, H, 1, D]``; k: ``[B, G, C, D]``; v: ``[B, G, C, E]`` (last axis contiguous). length: int32 ``[1]`` on the device,
     at most C. start: int32 ``[B]``, first slot of each row (left padding), or None. position: int32 ``[B, G, C]``, slots
-    below 0 are skipped, or None. Returns out ``[B, H, 1, E]`` and lse ``[B, H, 1]`` float32. The number of splits does not
-    depend on the capacity, so results are the same, bit for bit, whatever room was reserved. Raises `InvalidInput`.
+    below 0 are skipped, or None. scores: float32 ``[B, H, C]``, contiguous, which is given scale q . k in units of log2 (-inf
+    in skipped slots; nothing outside [start, length)), or None. Returns out ``[B, H, 1, E]`` and lse ``[B, H, 1]`` float32.
+    The number of splits does not depend on the capacity, so results are the same, bit for bit, whatever room was reserved.
+    Raises `InvalidInput`.
     """
     _check(q, k, "decode_attention")
     b, h, _, d = q.shape
@@ -179,6 +206,12 @@ def decode_attention(
         raise InvalidInput(
             f"decode_attention: k {tuple(k.shape)} and v {tuple(v.shape)} differ, or v is not contiguous in E"
         )
+    if scores is not None and (scores.shape != (b, h, k.shape[2]) or scores.dtype != torch.float32):
+        raise InvalidInput(
+            f"decode_attention: scores are {tuple(scores.shape)} {scores.dtype}, expected {(b, h, k.shape[2])} torch.float32"
+        )
+    if scores is not None and not scores.is_contiguous():
+        raise InvalidInput("decode_attention: scores must be contiguous")
     q = q.contiguous()
     r = h // g
     if splits is None:
@@ -190,13 +223,17 @@ def decode_attention(
     out_lse = torch.empty(b, h, 1, dtype=torch.float32, device=q.device)
     wide_d, wide_e = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e))
     places = position if position is not None else length
+    # With scores the compiler takes so many registers that two programs fit a multiprocessor; this cap makes it three.
+    cap = {"maxnreg": 168} if scores is not None and warps == 4 and q.is_cuda and torch.version.hip is None else {}
     _split[(b * g, splits)](
-        q, k, v, length, start if start is not None else length, places, part, lse,
-        scale * LOG2E, g, r, splits, d, e,
+        q, k, v, length, start if start is not None else length, places,
+        scores if scores is not None else part, part, lse,
+        scale * LOG2E, g, r, splits, k.shape[2], d, e,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
         position.stride(0) if position is not None else 0, position.stride(1) if position is not None else 0,
-        HAS_START=start is not None, HAS_POSITION=position is not None, EVEN=(d, e) == (wide_d, wide_e),
-        ROWS=max(16, triton.next_power_of_2(r)), BLOCK=block, DP=wide_d, EP=wide_e, num_warps=warps, num_stages=stages,
+        HAS_START=start is not None, HAS_POSITION=position is not None, HAS_SCORES=scores is not None,
+        EVEN=(d, e) == (wide_d, wide_e),
+        ROWS=max(16, triton.next_power_of_2(r)), BLOCK=block, DP=wide_d, EP=wide_e, num_warps=warps, num_stages=stages, **cap,
     )  # fmt: skip
     _merge[(b * h,)](part, lse, out, out_lse, r, splits, e, SP=triton.next_power_of_2(splits), EP=wide_e, num_warps=4)
     return out, out_lse
@@ -223,3 +260,27 @@ def key_mass(
         DP=max(16, triton.next_power_of_2(d)), num_warps=4,
     )  # fmt: skip
     return mass
+
+
+def decode_masses(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    length: Tensor,
+    position: Tensor | None = None,
+    drawing: Tensor | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`decode_attention` and what each key draws, with one read of the keys: out and float32 ``[B, H, C]``.
+
+    drawing: int32 ``[B]``; rows below 0 (padding) draw nothing. Slots that were not read get 0; other arguments as there.
+    """
+    b, h, c = q.shape[0], q.shape[1], k.shape[2]
+    scores = torch.empty(b, h, c, dtype=torch.float32, device=q.device)
+    out, lse = decode_attention(q, k, v, length=length, position=position, scale=scale, scores=scores)
+    _masses[(b * h, triton.cdiv(c, 1024))](
+        scores, lse, length, drawing if drawing is not None else length, h, c,
+        HAS_DRAWING=drawing is not None, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return out, scores

@@ -258,16 +258,23 @@ class RankedCache(Recording):
         scale: float,
         scored: bool = True,
         length: Tensor | None = None,
+        drawing: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """One token over all slots (or the first `length`) on the device, and the mass where the policy wants it."""
-        if length is None:
-            if self.length is None or self._length_of != k.shape[2]:
-                self.length = torch.full((1,), k.shape[2], dtype=torch.int32, device=k.device)
-                self._length_of = k.shape[2]
-            length = self.length
-        what = {"length": length, "position": position, "scale": scale}
-        out, lse = kernel("decode:decode_attention")(q, k, v, **what)
-        return out, kernel("decode:key_mass")(q, k, lse, **what) if scored and self._wants() else None
+        """One token over all slots (or the first `length`) on the device, and the mass where the policy wants it.
+
+        drawing: int32 ``[B, 1]``; rows below 0 draw nothing.
+        """
+        what = {"length": self._whole(k) if length is None else length, "position": position, "scale": scale}
+        if not scored or not self._wants():
+            return kernel("decode:decode_attention")(q, k, v, **what)[0], None
+        return kernel("decode:decode_masses")(q, k, v, **what, drawing=None if drawing is None else drawing.flatten())
+
+    def _whole(self, k: Tensor) -> Tensor:
+        """The length of all slots, int32 ``[1]``, made once."""
+        if self.length is None or self._length_of != k.shape[2]:
+            self.length = torch.full((1,), k.shape[2], dtype=torch.int32, device=k.device)
+            self._length_of = k.shape[2]
+        return self.length
 
     def _steady_on_device(self) -> bool:
         """Whether every slot of every row is taken, on CUDA: then a step is a handful of launches."""
@@ -281,12 +288,19 @@ class RankedCache(Recording):
         kernel("slots:place")(
             self.keys, self.values, self.position, self.state, self.slot, k.detach(), v.detach(), position
         )
-        # A row that idles (position -1) keeps its newest token; where worth is position, `free` alone has to know.
-        newest = position if policy.spec.by_position else self.position.amax((1, 2))[:, None]
+        # A row that idles (position -1) keeps its newest token; where worth is position, `free` alone has to know, as `settle`.
+        how = policy.settles()
+        newest = position if policy.spec.by_position or how is not None else self.position.amax((1, 2))[:, None]
         view = View(self.keys, self.values, self.position, self.keep, newest.unsqueeze(-1), q)
-        out, mass = self._kernels(q, self._turned_keys(view), self.values, None, scale)
-        if mass is not None:
-            mass = mass * (position >= 0).unsqueeze(-1)
+        keys = self._turned_keys(view)
+        if how is not None:
+            scores = torch.empty(*q.shape[:2], keys.shape[2], dtype=torch.float32, device=q.device)
+            what = {"length": self._whole(keys), "scale": scale, "scores": scores}
+            out, lse = kernel("decode:decode_attention")(q, keys, self.values, **what)
+            kernel("slots:settle")(scores, lse, self.position, self.slot, position, self.keep, state=self.state, **how)
+            self.seen += 1
+            return out
+        out, mass = self._kernels(q, keys, self.values, None, scale, drawing=position)
         view, state = self._scored(view, mass, position), None
         if self.state is not None:
             state = policy.observe(self.state, view)
@@ -310,10 +324,10 @@ class RankedCache(Recording):
         newest = self.position.amax((1, 2))[:, None] if self.width else now.position
         view = View(self.keys, self.values, self.position, self.keep, newest.unsqueeze(-1), q)
         length = (now.length - self.offset).int()
-        out, mass = self._kernels(q, self._moved(view), self.values, self.position, scale, self.width > 0, length)
+        out, mass = self._kernels(
+            q, self._moved(view), self.values, self.position, scale, self.width > 0, length, now.position
+        )
         if self.state is not None:
-            if mass is not None:
-                mass = mass * (now.position >= 0).unsqueeze(-1)
             state = self.policy.observe(self.state, self._scored(view, mass, now.position))
             assert state is not None
             self.state.copy_(state)
@@ -326,16 +340,21 @@ class RankedCache(Recording):
 
     def _turned_keys(self, view: View) -> Tensor:
         """The keys as read by a steady step: a few movers are rotated in place, their originals kept beside."""
-        shift, movers = self.policy.shift(view), self.policy.moving(view)
-        if shift is None or movers is None or self.movers is None:
-            return self._moved(view)
-        if movers[1] == 0:
+        shift = None if self.movers is None else self.policy.mover_shift(view.newest, view.keys.shape[2])
+        if shift is not None and self.movers is not None:
+            shift = shift.expand_as(self.movers)
+        else:
+            every, movers = self.policy.shift(view), self.policy.moving(view)
+            if every is None or movers is None or self.movers is None:
+                return self._moved(view)
+            shift = every.gather(2, self.movers)
+        if self.movers.shape[2] == 0:
             return view.keys
         if self.anchors is None:
             self.anchors = _pick(view.keys, self.movers)
         assert self.geometry.rope is not None
         frequencies = self.geometry.rope.frequencies.to(view.keys.device)
-        kernel("slots:turn")(view.keys, self.anchors, self.movers, frequencies, shift.gather(2, self.movers).int())
+        kernel("slots:turn")(view.keys, self.anchors, self.movers, frequencies, shift.int())
         return view.keys
 
     def _put_back(self) -> None:
