@@ -1,9 +1,10 @@
-r"""Exact softmax attention in plain torch, in query chunks: any mask, any device, with its lse.
+r"""Exact softmax attention, in query chunks of plain torch: any mask, any device, with its lse.
 
     out_i = sum_j softmax_j(scale q_i . k_j) v_j,    lse_i = log sum_j exp(scale q_i . k_j)
 
 A query without a key gives out 0 and lse -inf. Causal masks are aligned to the lower right: query i of N sees
-keys up to i + M - N.
+keys up to i + M - N. On CUDA what needs no gradient, is in half precision and has no mask but one of keys takes fused kernels
+(`on_kernels`); chunks of a score matrix would cost a hundred times as much there.
 
 Axes: B batch, H query heads, G key/value heads (G divides H), N queries, M keys, D head width, E value width.
 """
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.core.errors import InvalidInput
+from qkv.core.kernel import kernel
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once (64 MiB in float32)
+FEWEST, WIDEST = 16, 256  # queries in a block and channels of a head that fused kernels are asked for
 CHUNK_ELEMENTS_CPU = 1 << 20  # the same on a CPU, where a chunk should stay near the last cache
 
 
@@ -106,6 +109,8 @@ def attend(
     g, m = k.shape[1:3]
     r = h // g
     scale = float(d**-0.5 if scale is None else scale)
+    if on_kernels(q, k, v, mask):
+        return _fused(q, k, v, mask, causal, scale, mass, mass_rows)
     wide = torch.promote_types(q.dtype, torch.float32)
     if mask is not None:
         mask = _grouped(mask, b, h, g, n, m)
@@ -135,6 +140,42 @@ def attend(
             part = p.sum(-2).reshape(b, h, seen)
             drawn = drawn + F.pad(part, (0, m - seen)) if part.requires_grad else _added(drawn, part)
     return Attended(torch.cat(outs, 2), torch.cat(lses, 2), drawn)
+
+
+def on_kernels(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> bool:
+    """Whether `attend` takes fused kernels: blocks of queries in half precision on CUDA, no gradient, at most a key mask."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] < FEWEST:
+        return False
+    if max(q.shape[3], v.shape[3]) > WIDEST or torch.compiler.is_compiling():
+        return False
+    if mask is not None and (mask.ndim < 4 or mask.shape[2] != 1):
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, mass: bool, rows: Tensor | None
+) -> Attended:
+    """`attend` by kernels: torch's flash kernel where it gives the same, else our own."""
+    b, h, m = q.shape[0], q.shape[1], k.shape[2]
+    if mask is not None:
+        mask = _key_mask(mask, b, h, k.shape[1], m)
+    if mask is None and q.shape[3] == v.shape[3] and _flash(q, k, v):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = flash(q, k, v, 0.0, causal and m > 1, False, scale=scale)[:2]  # causal: aligned to the lower right
+    else:
+        out, lse = kernel("flash:flash_attention")(q, k, v, mask=mask, causal=causal, scale=scale)
+    if not mass:
+        return Attended(out, lse, None)
+    rows = None if rows is None else rows.expand(b, -1)
+    what = {"mask": mask, "causal": causal, "scale": scale, "rows": rows}
+    return Attended(out, lse, kernel("flash:column_masses")(q, k, lse, **what))
+
+
+def _key_mask(mask: Tensor, b: int, h: int, g: int, m: int) -> Tensor:
+    """A key mask ``[1|B, heads, 1, M]``, checked as any other."""
+    _grouped(mask, b, h, g, 1, m)
+    return mask.expand(-1, -1, -1, m)
 
 
 def _hide_later(logits: Tensor, rows: int) -> Tensor:
@@ -186,6 +227,8 @@ def sdpa(
     g, m = k.shape[1:3]
     if mask is not None and mask.ndim < 4:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    if causal and mask is not None and not dropout and on_kernels(q, k, v, mask):
+        return attend(q, k, v, mask=mask, causal=True, scale=scale).out  # padding and order, without a mask of N x M
     width = v.shape[-1]
     if width < d and not q.is_cuda:  # torch's fused CPU kernel wants one width: zeros do not change the other columns
         v = F.pad(v, (0, d - width))

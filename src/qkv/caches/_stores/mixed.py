@@ -32,7 +32,7 @@ from qkv.caches._stores.parts import Stack
 from qkv.caches._stores.probes import Probes
 from qkv.caches._stores.recording import Recording
 from qkv.caches._stores.splits import Block, Splits
-from qkv.core.attend import attend, sdpa
+from qkv.core.attend import attend, on_kernels, sdpa
 from qkv.core.cache import Compute, Geometry, Now, Step
 from qkv.core.errors import Refused, StateError
 from qkv.core.kernel import kernel
@@ -180,7 +180,7 @@ class MixedCache(Recording):
         compute: Compute | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention to plain tokens and to what is stored, and its lse where it is at hand; mask None: causal."""
-        if compute is not None or not self._history(rows):
+        if compute is not None or not self._history(rows) or on_kernels(q, k, v, mask):
             if self._history(rows):
                 keys, values = self.read(rows)
                 if mask is not None:

@@ -37,7 +37,7 @@ from qkv.caches._stores.codecs import (
 )
 from qkv.caches._stores.dense import grown, rearranged, resized
 from qkv.caches._stores.recording import Recording, Run
-from qkv.core.attend import CHUNK_ELEMENTS, causal_mask, sdpa
+from qkv.core.attend import CHUNK_ELEMENTS, causal_mask, on_kernels, sdpa
 from qkv.core.cache import Geometry, Now, Step
 from qkv.core.errors import Refused, StateError
 from qkv.core.kernel import kernel
@@ -181,8 +181,8 @@ class PackedCache(Recording):
             )
         mask = None if real is None else real[:, None, None, :]
         causal = step.causal and step.mask is None
-        if stored == 0 or step.compute is not None:
-            if stored:
+        if stored == 0 or step.compute is not None or (step.mask is None and on_kernels(q, k, v)):
+            if stored:  # on a device a block of queries reads what it needs dequantised: one layer, while it attends
                 keys, values, holds = self.read()
                 if holds is not None or mask is not None:
                     old = k.new_ones(k.shape[0], stored, dtype=torch.bool) if holds is None else holds

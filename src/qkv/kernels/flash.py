@@ -1,0 +1,275 @@
+r"""Attention of a block of queries on the GPU with its log-sum-exp, and what each key draws in all, without an N x M map.
+
+    out_i = sum_j softmax_j(scale q_i . k_j) v_j,    lse_i = log sum_j exp(scale q_i . k_j)
+    mass_j = sum_i exp(scale q_i . k_j - lse_i)
+
+over the keys that a row and head names (`mask`) and, causal, up to i + M - N; a query without a key gives out 0 and lse -inf.
+Masses take one more product of queries and keys: a second pass over tiles of keys, since a sum over queries cannot be kept
+while the softmax of a row is not complete. float32 operands are multiplied as three tf32 products.
+
+Bound: FLOPs 2 N M (D + E) per query head forward, 2 N M D for masses, half of that when causal with N = M.
+Axes: B batch, H query heads, G key/value heads, R = H / G, N queries, M keys, D head width, E value width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qkv.core.errors import InvalidInput
+
+LOG2E = tl.constexpr(1.4426950408889634)
+WIDEST = 256
+
+
+@triton.jit
+def _base(ptr, b, h, stride_b, stride_h):
+    return ptr + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+
+
+@triton.jit
+def _scores(
+    q, k_ptr, mask_ptr, rows, cols, k_n, mask_n, scale2, D, N, M,
+    EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores in base 2 of a tile; EDGE: it holds keys past the last, or later than a query. -inf where masked."""
+    d = tl.arange(0, DP)
+    inside = (d < D)[:, None]
+    if EDGE:
+        inside = inside & (cols < M)[None, :]
+    k = tl.load(k_ptr + cols[None, :].to(tl.int64) * k_n + d[:, None], mask=inside, other=0.0)
+    s = tl.dot(q, k, input_precision=PRECISION) * scale2
+    if EDGE:
+        seen = (cols < M)[None, :]
+        if CAUSAL:
+            seen = seen & (cols[None, :] <= rows[:, None] + (M - N))
+        s = tl.where(seen, s, float("-inf"))
+    if MASKED:
+        named = tl.load(mask_ptr + cols.to(tl.int64) * mask_n, mask=cols < M, other=0) != 0
+        s = tl.where(named[None, :], s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _span(
+    q, k_ptr, v_ptr, mask_ptr, top, total, out, rows, low, high, k_n, v_n, mask_n, scale2, D, E, N, M,
+    EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The keys low .. high taken into a running softmax."""
+    e = tl.arange(0, EP)
+    for at in range(low, high, BK):
+        cols = at + tl.arange(0, BK)
+        s = _scores(q, k_ptr, mask_ptr, rows, cols, k_n, mask_n, scale2, D, N, M, EDGE, CAUSAL, MASKED, DP, PRECISION)
+        new = tl.maximum(top, tl.max(s, 1))
+        anchor = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s - anchor[:, None])
+        fade = tl.exp2(top - anchor)
+        inside = (e < E)[None, :]
+        if EDGE:
+            inside = inside & (cols < M)[:, None]
+        v = tl.load(v_ptr + cols[:, None].to(tl.int64) * v_n + e[None, :], mask=inside, other=0.0)
+        total = total * fade + tl.sum(p, 1)
+        out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        top = new
+    return top, total, out
+
+
+@triton.jit
+def _forward(
+    q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, lse_ptr,
+    scale2, H, R, P, N, M, D, E,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_n,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output [B, H, N, E] and lse [B, H, N]; grid (tiles of queries, B H). P: query heads that share a mask."""
+    pair = tl.program_id(1)
+    b, h = pair // H, pair % H
+    first = tl.program_id(0) * BQ
+    rows, d, e = first + tl.arange(0, BQ), tl.arange(0, DP), tl.arange(0, EP)
+    q_at = _base(q_ptr, b, h, q_b, q_h) + rows[:, None].to(tl.int64) * q_n + d[None, :]
+    q = tl.load(q_at, mask=(rows < N)[:, None] & (d < D)[None, :], other=0.0)
+    k_ptr, v_ptr = _base(k_ptr, b, h // R, k_b, k_h), _base(v_ptr, b, h // R, v_b, v_h)
+    mask_ptr = _base(mask_ptr, b, h // P, mask_b, mask_h)
+    top = tl.full((BQ,), float("-inf"), tl.float32)
+    total = tl.zeros((BQ,), tl.float32)
+    out = tl.zeros((BQ, EP), tl.float32)
+    last, whole = M, M // BK * BK  # keys before `whole` need no test of their place
+    if CAUSAL:
+        last = tl.minimum(M, first + BQ + (M - N))
+        whole = (first + 1 + (M - N)) // BK * BK
+    top, total, out = _span(q, k_ptr, v_ptr, mask_ptr, top, total, out, rows, 0, whole, k_n, v_n, mask_n, scale2, D, E, N,
+                            M, False, CAUSAL, MASKED, DP, EP, BK, PRECISION)  # fmt: skip
+    top, total, out = _span(q, k_ptr, v_ptr, mask_ptr, top, total, out, rows, whole, last, k_n, v_n, mask_n, scale2, D, E, N,
+                            M, True, CAUSAL, MASKED, DP, EP, BK, PRECISION)  # fmt: skip
+    safe = tl.where(total > 0, total, 1.0)
+    lse = tl.where(total > 0, (top + tl.log2(safe)) / LOG2E, float("-inf"))
+    row = pair.to(tl.int64) * N + rows
+    tl.store(lse_ptr + row, lse, mask=rows < N)
+    tl.store(out_ptr + row[:, None] * E + e[None, :], out / safe[:, None], mask=(rows < N)[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def _drawn(
+    q_ptr, k, lse_ptr, weight_ptr, total, cols, low, high, q_n, scale2, D, N, M,
+    CAUSAL: tl.constexpr, WEIGHED: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the queries low .. high give to a tile of keys; CAUSAL: some of them may come before a key."""
+    d = tl.arange(0, DP)
+    for at in range(low, high, BQ):
+        rows = at + tl.arange(0, BQ)
+        inside = (rows < N)[:, None] & (d < D)[None, :]
+        q = tl.load(q_ptr + rows[:, None].to(tl.int64) * q_n + d[None, :], mask=inside, other=0.0)
+        lse = tl.load(lse_ptr + rows, mask=rows < N, other=float("-inf"))
+        lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E  # a query without a key gives nothing
+        p = tl.exp2(tl.dot(q, k, input_precision=PRECISION) * scale2 - lse[:, None])
+        if CAUSAL:
+            p = tl.where(cols[None, :] <= rows[:, None] + (M - N), p, 0.0)
+        if WEIGHED:
+            counts = tl.load(weight_ptr + rows, mask=rows < N, other=0) != 0
+            p = tl.where(counts[:, None], p, 0.0)
+        total += tl.sum(p, 0)
+    return total
+
+
+@triton.jit
+def _masses(
+    q_ptr, k_ptr, mask_ptr, lse_ptr, weight_ptr, mass_ptr,
+    scale2, H, R, P, N, M, D,
+    q_b, q_h, q_n, k_b, k_h, k_n, mask_b, mask_h, mask_n,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, WEIGHED: tl.constexpr, DP: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Masses [B, H, M]; grid (tiles of keys, B H). weight [B, N]: the queries that count."""
+    pair = tl.program_id(1)
+    b, h = pair // H, pair % H
+    first = tl.program_id(0) * BK
+    cols, d = first + tl.arange(0, BK), tl.arange(0, DP)
+    k_at = _base(k_ptr, b, h // R, k_b, k_h) + cols[None, :].to(tl.int64) * k_n + d[:, None]
+    k = tl.load(k_at, mask=(cols < M)[None, :] & (d < D)[:, None], other=0.0)
+    q_ptr = _base(q_ptr, b, h, q_b, q_h)
+    lse_ptr += pair.to(tl.int64) * N
+    weight_ptr += b.to(tl.int64) * N
+    total = tl.zeros((BK,), tl.float32)
+    later = 0  # queries from here on come after every key of the tile
+    if CAUSAL:
+        start = tl.maximum(0, first - (M - N)) // BQ * BQ
+        later = tl.cdiv(tl.maximum(0, first + BK - 1 - (M - N)), BQ) * BQ
+        total = _drawn(q_ptr, k, lse_ptr, weight_ptr, total, cols, start, tl.minimum(later, N), q_n, scale2, D, N, M,
+                       True, WEIGHED, DP, BQ, PRECISION)  # fmt: skip
+    total = _drawn(q_ptr, k, lse_ptr, weight_ptr, total, cols, later, N, q_n, scale2, D, N, M,
+                   False, WEIGHED, DP, BQ, PRECISION)  # fmt: skip
+    if MASKED:
+        mask_ptr = _base(mask_ptr, b, h // P, mask_b, mask_h)
+        named = tl.load(mask_ptr + cols.to(tl.int64) * mask_n, mask=cols < M, other=0) != 0
+        total = tl.where(named, total, 0.0)
+    tl.store(mass_ptr + pair.to(tl.int64) * M + cols, total, mask=cols < M)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Itself, with channels next to one another."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _named(mask: Tensor | None, q: Tensor, m: int) -> tuple[Tensor, int, tuple[int, int, int]]:
+    """A key mask as bytes, how many query heads share one, and its strides; anything where there is none."""
+    b, h = q.shape[:2]
+    if mask is None:
+        return q, 1, (0, 0, 0)
+    sizes = mask.shape
+    if mask.dtype != torch.bool or len(sizes) != 4 or sizes[0] not in (1, b) or h % sizes[1] or sizes[2:] != (1, m):
+        raise InvalidInput(
+            f"the flash kernels take a bool key mask [1|B, heads, 1, M] with heads dividing H; got {mask.dtype} "
+            f"{tuple(sizes)} for B={b}, H={h}, M={m}"
+        )
+    bytewise = mask.view(torch.uint8)
+    strides = tuple(0 if sizes[i] == 1 else mask.stride(i) for i in (0, 1, 3))
+    return bytewise, h // sizes[1], (strides[0], strides[1], mask.stride(3) if m > 1 else 0)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+    (b, h, n, d), (g, m) = q.shape, k.shape[1:3]
+    if k.shape != (b, g, m, d) or v.shape[:3] != (b, g, m) or h % g:
+        raise InvalidInput(
+            f"the flash kernels take q [B, H, N, D], k [B, G, M, D], v [B, G, M, E], G dividing H; got {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise InvalidInput(
+            f"the flash kernels take one of bfloat16, float16, float32; got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if max(d, v.shape[3]) > WIDEST:
+        raise InvalidInput(f"the flash kernels hold heads of at most {WIDEST} channels; got {d} and {v.shape[3]}")
+    if causal and n > m:
+        raise InvalidInput(f"causal attention needs N <= M; got N={n}, M={m}")
+
+
+def _launch(dtype: torch.dtype, width: int) -> tuple[str, int, int, dict[str, int]]:
+    """Precision of products, tiles (long, short side) and warps and stages."""
+    if dtype == torch.float32:
+        return "tf32x3", 64, 32, {"num_warps": 4, "num_stages": 1}
+    if width > 128:
+        return "ieee", 64, 64, {"num_warps": 8, "num_stages": 2}
+    return "ieee", 128, 64, {"num_warps": 8 if width > 64 else 4, "num_stages": 3}
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Exact attention with its log-sum-exp.
+
+    q: ``[B, H, N, D]``; k: ``[B, G, M, D]``; v: ``[B, G, M, E]``, one of bfloat16, float16, float32. mask: bool
+    ``[1|B, heads, 1, M]``, heads dividing H: the keys that may be read. causal: query i sees keys up to i + M - N. Returns out
+    ``[B, H, N, E]`` and lse ``[B, H, N]`` (float32, natural); no gradients. Raises `InvalidInput`.
+    """
+    _check(q, k, v, causal)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    (b, h, n, d), (g, m), e = q.shape, k.shape[1:3], v.shape[3]
+    dp, ep = (max(16, triton.next_power_of_2(x)) for x in (d, e))
+    precision, bq, bk, how = _launch(q.dtype, max(dp, ep))
+    named, share, strides = _named(mask, q, m)
+    out, lse = q.new_empty(b, h, n, e), torch.empty(b, h, n, dtype=torch.float32, device=q.device)
+    _forward[(triton.cdiv(n, bq), b * h)](
+        q, k, v, named, out, lse, scale * LOG2E.value, h, h // g, share, n, m, d, e,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
+        CAUSAL=causal, MASKED=mask is not None, DP=dp, EP=ep, BQ=bq, BK=bk, PRECISION=precision, **how,
+    )  # fmt: skip
+    return out, lse
+
+
+def column_masses(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """What every key draws in all, ``[B, H, M]`` in float32.
+
+    q, k, mask, causal, scale: as for `flash_attention`, whose lse ``[B, H, N]`` this takes. rows: bool ``[B, N]``, the queries
+    that count. Raises `InvalidInput`.
+    """
+    _check(q, k, k, causal)
+    q, k, lse = _rows(q), _rows(k), lse.float().contiguous()
+    (b, h, n, d), (g, m) = q.shape, k.shape[1:3]
+    if lse.shape != (b, h, n) or (rows is not None and rows.shape != (b, n)):
+        raise InvalidInput(
+            f"column_masses takes lse [B, H, N] and rows [B, N]; got {tuple(lse.shape)} and "
+            f"{None if rows is None else tuple(rows.shape)} for {(b, h, n)}"
+        )
+    dp = max(16, triton.next_power_of_2(d))
+    precision, bk, bq, how = _launch(q.dtype, dp)
+    named, share, strides = _named(mask, q, m)
+    mass = torch.empty(b, h, m, dtype=torch.float32, device=q.device)
+    _masses[(triton.cdiv(m, bk), b * h)](
+        q, k, named, lse, lse if rows is None else rows.contiguous().view(torch.uint8), mass,
+        scale * LOG2E.value, h, h // g, share, n, m, d, *q.stride()[:3], *k.stride()[:3], *strides,
+        CAUSAL=causal, MASKED=mask is not None, WEIGHED=rows is not None, DP=dp, BQ=bq, BK=bk, PRECISION=precision, **how,
+    )  # fmt: skip
+    return mass
