@@ -20,10 +20,12 @@ What crosses a whole chunk is one product of states, what starts or ends in it a
 of each chunk, in the type of dot products, and the pass of dk multiplies it by its dS.
 
 With a decay per channel, W sits on the channels that o and dv sum over (kernel `_scan_sum`, the map is made first by `_map`) or
-on the channels of dq and dk (`_scan_each`, what tokens of a chunk owe one another comes first from `_owed`). Inside a chunk the
-later half of a block reads the earlier half through its own first row, and so on by halves down to single tokens: every exponent
-is <= 0 however strong the decay, and all work is dot products. When there are too few heads to fill the device, the sequence is
-cut into segments: their states alone are summed first, then every segment starts from the right one.
+on the channels of dq and dk (`_scan_each`, what tokens of a chunk owe one another comes first from `_owed`). Inside a chunk all
+pairs go through the middle token, W_ij = exp(G_i - G_m) exp(G_m - G_j), one dot product, while no such exponent exceeds
+`REACH`. Where the decay is stronger, the later half of a block reads the earlier half through its own first row, and so on by
+halves down to single tokens: every exponent is <= 0 however strong the decay, and all work is still dot products. When there are
+too few heads to fill the device, the sequence is cut into segments: their states alone are summed first, then every segment
+starts from the right one.
 
 Precision: sums in float32. bfloat16 operands stay bfloat16; float16 operands (exact in tf32, whose range is that of float32)
 are multiplied as tf32, so that scores beyond 65504 do not overflow; float32 as three tf32 products (``tf32x3``), near float32.
@@ -51,8 +53,10 @@ from qkv.core.errors import InvalidInput, Refused
 
 WIDEST = 256
 CHUNK = 64
-# Launch settings: `tile` channels of the output per program, `warps`, `stages` of load pipelining; `fill`: programs wanted
-# per multiprocessor before a sequence is cut into segments. benchmarks/linear_gpu.py --tune tries others.
+REACH = tl.constexpr(40.0)  # exp(80), of pairs that are dropped, times what it multiplies is still far from overflow
+# Launch settings: `tile` channels of the output per program, `warps`, `stages` of load pipelining; `fill`: programs wanted per
+# multiprocessor where a sequence is cut into segments, which it is when there are too few heads to give each of them one.
+# benchmarks/linear_gpu.py --tune tries others.
 LAUNCH: dict[str, dict[str, int]] = {
     "scan": {"tile": 64, "warps": 8, "stages": 2, "fill": 1},
     "sum": {"tile": 64, "warps": 8, "stages": 1, "fill": 1},
@@ -229,12 +233,18 @@ def _below(i, j, HALF: tl.constexpr):
     return (i // (2 * HALF) == j // (2 * HALF)) & (i % (2 * HALF) >= HALF) & (j % (2 * HALF) < HALF)
 
 
+@triton.jit
+def _reach(total, middle, d, DW):
+    """The largest exponent, either way, between a token of the chunk and its middle one."""
+    return tl.max(tl.max(tl.where((d < DW)[None, :], tl.abs(total - middle[None, :]), 0.0), 1), 0)
+
+
 @triton.jit(do_not_specialize=["H", "N", "room", "k_r"])
 def _map(
     q_ptr, k_ptr, total_ptr, map_ptr, H, N, DW, room, q_b, q_h, q_n, k_b, k_h, k_n, k_r,
     LEVELS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, Z: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """sum_d q_id k_jd exp(G_id - G_jd), j <= i, of one chunk, by halves of halves; grid (chunks, B H)."""
+    """sum_d q_id k_jd exp(G_id - G_jd), j <= i, of one chunk, at once or by halves of halves; grid (chunks, B H)."""
     c, pair = tl.program_id(0), tl.program_id(1)
     b, h = (pair // H).to(tl.int64), pair % H
     low, rows = (c * C).to(tl.int64), N - c * C
@@ -252,9 +262,14 @@ def _map(
         kt = _tile(k_ptr, j, d[:, None], k_n, rows, DW).to(tl.float32)
         total = _tile(total_ptr, i, d[None, :], DW, C, DW)
         total_t = _tile(total_ptr, j, d[:, None], DW, C, DW)
+        middle = tl.load(total_ptr + (C // 2) * DW + d, mask=d < DW, other=0.0)
         own += tl.sum(q * k, 1)
-        for level in tl.static_range(LEVELS):
-            out += _crossing(q, kt, total, total_t, total_ptr, r, d, DW, DT, PRECISION, C, C >> (level + 1))
+        if _reach(total, middle, d, DW) < REACH:
+            late, early = q * tl.exp(total - middle[None, :]), kt * tl.exp(middle[:, None] - total_t)
+            out += tl.where(i > j, tl.dot(late.to(DT), early.to(DT), input_precision=PRECISION), 0.0)
+        else:
+            for level in tl.static_range(LEVELS):
+                out += _crossing(q, kt, total, total_t, total_ptr, r, d, DW, DT, PRECISION, C, C >> (level + 1))
     out += tl.where(i == j, own[:, None], 0.0)
     map_ptr += (pair.to(tl.int64) * room + low) * C
     tl.store(map_ptr + i * C + j, out.to(map_ptr.dtype.element_ty))
@@ -336,6 +351,15 @@ def _through(total, total_ptr, r, d, DW, C: tl.constexpr, HALF: tl.constexpr):
     return _falling(total - through), _falling(through - total)
 
 
+@triton.jit
+def _shares(q, k, late, early, a, a_t, DT: tl.constexpr, PRECISION: tl.constexpr):
+    """What tokens related by `a` give to dq and dk, and q dq - k dk with q and k as the products round them."""
+    ql, ke = (q * late).to(DT), (k * early).to(DT)
+    to_q = tl.dot(a, ke, input_precision=PRECISION)
+    to_k = tl.dot(a_t, ql, input_precision=PRECISION)
+    return late * to_q, early * to_k, ql.to(tl.float32) * to_q - ke.to(tl.float32) * to_k
+
+
 @triton.jit(do_not_specialize=["H", "N", "room", "k_r", "v_r"])
 def _owed(
     q_ptr, k_ptr, v_ptr, grad_ptr, total_ptr, dq_ptr, dk_ptr, own_ptr, slope_ptr, scale, H, N, DW, EW, room,
@@ -373,16 +397,18 @@ def _owed(
     k = _tile(k_ptr, i, d[None, :], k_n, rows, DW).to(tl.float32)
     total = _tile(total_ptr, i, d[None, :], DW, C, DW)
     dq, dk, slope = tl.zeros((C, Z), tl.float32), tl.zeros((C, Z), tl.float32), tl.zeros((C, Z), tl.float32)
-    for level in tl.static_range(LEVELS):
-        late, early = _through(total, total_ptr, r, d, DW, C, C >> (level + 1))
-        a = tl.where(_below(i, j, C >> (level + 1)), owed, 0.0).to(DT)
-        a_t = tl.where(_below(j, i, C >> (level + 1)), owed_t, 0.0).to(DT)
-        ql, ke = (q * late).to(DT), (k * early).to(DT)
-        to_q = tl.dot(a, ke, input_precision=PRECISION)
-        to_k = tl.dot(a_t, ql, input_precision=PRECISION)
-        dq += late * to_q
-        dk += early * to_k
-        slope += ql.to(tl.float32) * to_q - ke.to(tl.float32) * to_k
+    middle = tl.load(total_ptr + (C // 2) * DW + d, mask=d < DW, other=0.0)
+    if _reach(total, middle, d, DW) < REACH:
+        late, early = tl.exp(total - middle[None, :]), tl.exp(middle[None, :] - total)
+        a, a_t = tl.where(i > j, owed, 0.0).to(DT), tl.where(j > i, owed_t, 0.0).to(DT)
+        dq, dk, slope = _shares(q, k, late, early, a, a_t, DT, PRECISION)
+    else:
+        for level in tl.static_range(LEVELS):
+            late, early = _through(total, total_ptr, r, d, DW, C, C >> (level + 1))
+            a = tl.where(_below(i, j, C >> (level + 1)), owed, 0.0).to(DT)
+            a_t = tl.where(_below(j, i, C >> (level + 1)), owed_t, 0.0).to(DT)
+            to_q, to_k, rise = _shares(q, k, late, early, a, a_t, DT, PRECISION)
+            dq, dk, slope = dq + to_q, dk + to_k, slope + rise
     at = (pair.to(tl.int64) * N + low) * DW
     fits = (i < rows) & (d < DW)[None, :]
     tl.store(dq_ptr + at + i * DW + d[None, :], dq * scale, mask=fits)
@@ -573,7 +599,7 @@ def _segments(name: str, programs: int, chunks: int, device: torch.device) -> tu
     """(segments, chunks per segment): enough segments to fill the device, none of them shorter than eight chunks."""
     units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     wanted = LAUNCH[name]["fill"] * units
-    segments = 1 if 4 * programs >= 3 * wanted else min(triton.cdiv(wanted, programs), max(1, chunks // 8))
+    segments = 1 if 4 * programs >= 3 * units else min(triton.cdiv(wanted, programs), max(1, chunks // 8))
     per = triton.cdiv(chunks, segments)
     return triton.cdiv(chunks, per), per
 
