@@ -14,6 +14,7 @@ import qkv
 from qkv import hosts
 from qkv.convert import lizard, lolcats
 from qkv.convert._common.linearise import Linearisation, in_place, updated
+from qkv.convert._common.training import Keeper
 from qkv.core.cache import Step
 from qkv.core.conversion import Lessons
 from qkv.core.errors import InvalidParameter, Refused, SavedDataError, StateError, TrainingError
@@ -330,6 +331,17 @@ def test_low_rank_updates_begin_at_nothing_and_are_merged() -> None:
         with pytest.raises(ZeroDivisionError), updated(layers, 3, 6.0, 0):
             raise ZeroDivisionError
         torch.testing.assert_close(logits(model, data[0]), during, rtol=0, atol=1e-10)
+
+
+def test_fine_tuning_teaches_what_was_added_also_to_layers_that_stand_in_the_model() -> None:
+    model, data = source(), text()
+    method = qkv.method("lolcats", **TINY | {"transfer": 0, "tune": 0})
+    with qkv.applied(model, method, data=data):
+        layers = {s.name: model.get_submodule(s.name) for s in qkv.sites(model)}
+        before = {n: p.detach().clone() for layer in layers.values() for n, p in layer.added().items()}
+        method.replace(tune=1, tune_rate=1e-2).fine_tune(model, layers, data, Keeper(data, ("tune",), {}))
+        after = {n: p for layer in layers.values() for n, p in layer.added().items()}
+        assert not any(torch.equal(after[n], x) for n, x in before.items())
 
 
 @pytest.mark.parametrize("name", ["lizard", "lolcats"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 
@@ -16,7 +17,7 @@ def test_the_rate_rises_straight_and_falls_along_a_cosine_to_its_floor() -> None
     rates = [course(s, 40, 4, floor=0.2) for s in range(41)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[22] == pytest.approx(0.6) and rates[40] == pytest.approx(0.2)
-    assert all(b < a for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(b < a for a, b in itertools.pairwise(rates[4:]))
 
 
 def test_matrices_decay_and_nothing_else() -> None:

@@ -355,9 +355,12 @@ def updated(layers: Mapping[str, Any], rank: int, alpha: float, seed: int) -> It
 
 @contextmanager
 def in_place(model: Any, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """While open, `layers` stand in the model, in evaluation mode, and nothing else of it learns."""
+    """While open, `layers` stand in the model (as they may already), in evaluation mode, and nothing else of it learns."""
     before = {name: model.get_submodule(name) for name in layers}
+    learning = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
     with frozen(model), evaluated(model):
+        for p in learning:
+            p.requires_grad_(True)
         try:
             for name, layer in layers.items():
                 model.set_submodule(name, layer)
