@@ -11,6 +11,8 @@ from _text import MISSING, cell, fixed, folded, number, prose, shell, table, tim
 from qkv.bench.environment import read_json
 
 Row = dict[str, Any]
+Section = tuple[str, str, str, Callable[[Row], list[str]]]
+"""Name of the result file, title, what a reader must know, and what makes its lines."""
 INTRODUCTION = (
     "What kernels take beside what they could take. A bound is what the bytes (or, where those cost more, the "
     "operations) take at the rate at which this device was measured to copy (or multiply) in the same process: the "
@@ -23,14 +25,13 @@ INTRODUCTION = (
 
 def page(folder: Path, note: str) -> str:
     """The text of the page."""
-    out = [
-        note,
-        "# On one GPU",
-        "",
-        INTRODUCTION,
-        "",
-    ]
-    for file, title, says, body in SECTIONS:
+    return "\n".join([note, "# On one GPU", "", INTRODUCTION, "", *sections(folder, SECTIONS)]).rstrip() + "\n"
+
+
+def sections(folder: Path, wanted: Sequence[Section]) -> list[str]:
+    """A section for each result file, or where to get it."""
+    out = []
+    for file, title, says, body in wanted:
         path = folder / f"{file}.json"
         out += [f"## {title}", "", says, ""]
         if not path.is_file():
@@ -39,7 +40,7 @@ def page(folder: Path, note: str) -> str:
         data = read_json(path)
         facts = data.get("environment", data)
         out += [*body(data), *_notes(data), *shell(data.get("command") or _command(file, data)), where(facts), ""]
-    return "\n".join(out).rstrip() + "\n"
+    return out
 
 
 def _plain_command(file: str) -> str:
@@ -57,6 +58,9 @@ def _command(file: str, data: Row) -> str:
             more += f" --layers {data['model']['num_hidden_layers']}"
     if file == "attention_gpu" and (data["batch"], data["context"]) != (16, 32768):
         more = f" --batch {data['batch']} --context {data['context']}"
+    if file == "decode_cpu":
+        given = (("context", 8192), ("steps", 24))
+        more = "".join(f" --{k} {data[k]}" for k, default in given if data[k] != default)
     return _plain_command(file) + more
 
 
@@ -80,7 +84,7 @@ def _ms(value: Any) -> str:
 
 
 def _shape(sizes: Sequence[int], names: str = "BHGMD") -> str:
-    return " ".join(f"{n}{x}" for n, x in zip(names, sizes, strict=False))
+    return "`" + " ".join(f"{n}{x}" for n, x in zip(names, sizes, strict=False)) + "`"
 
 
 def _errors(rows: Sequence[Row], name: str) -> list[str]:
@@ -260,8 +264,8 @@ def _linear(data: Row) -> list[str]:
             refused = isinstance(theirs, str)
             lines.append(
                 [
-                    r["what"],
                     _shape(r["sizes"], "BHTD"),
+                    r["what"],
                     _ms(ours),
                     "refused" if refused else _ms(theirs),
                     _ms(floor),
@@ -272,8 +276,8 @@ def _linear(data: Row) -> list[str]:
                 ]
             )
         columns = (
-            "decay",
             "shape",
+            "decay",
             "ours, ms",
             "fla, ms",
             "floor, ms",
@@ -318,16 +322,16 @@ def _checks(data: Row) -> list[str]:
         worst = max(errors, key=errors.__getitem__, default=None)
         lines.append(
             [
+                _shape(r["sizes"], "BHGTDE"),
                 r["dtype"],
                 r["gate"],
-                _shape(r["sizes"], "BHGTDE"),
                 str(r["decay"]),
                 f"{errors[worst]:.1e} ({worst})" if worst else cell(str(r.get("error", MISSING)))[:120],
                 "yes" if r["passed"] else "NO",
             ]
         )
     passed = sum(bool(r["passed"]) for r in rows)
-    columns = ("dtype", "decay", "shape", "log decay", "largest relative error", "passed")
+    columns = ("shape", "dtype", "decay", "log decay", "largest relative error", "passed")
     return [f"{passed} of {len(rows)} passed.", "", *folded("Every check", table(columns, lines, 4))]
 
 
@@ -375,7 +379,7 @@ def _packed(data: Row) -> list[str]:
         ours = r["bits"] == 16
         lines.append(
             [
-                f"B{r['batch']} M{r['tokens']}",
+                f"`B{r['batch']} M{r['tokens']}`",
                 str(r["bits"]),
                 _ms(r.get("decode_attention") if ours else r["ms"]),
                 *(_ms(r.get(p)) for p in PEERS),
@@ -403,7 +407,7 @@ def _packed(data: Row) -> list[str]:
     return [*table(columns, lines, 2), ""]
 
 
-SECTIONS: tuple[tuple[str, str, str, Callable[[Row], list[str]]], ...] = (
+SECTIONS: tuple[Section, ...] = (
     (
         "decode_gpu",
         "A whole model decoding",

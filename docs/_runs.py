@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,16 +199,20 @@ def _overview(groups: dict[int, list[Record]], contexts: Sequence[int]) -> list[
         f"bytes of full at {contexts[-1]}",
         f"passkey at {contexts[-1]}",
     ]
+    every = [(c, r) for c, found in groups.items() for r in found]
+    seen = Counter((family(r.method), c) for c, r in every)
+    several = {name for (name, _), n in seen.items() if n > 1}  # each setting under its own name
     by: dict[str, dict[int, Record]] = {}
-    for context, found in groups.items():
-        for r in found:
-            by.setdefault(r.method, {})[context] = r
-    ordered = sorted(by, key=lambda m: order(by[m][max(by[m])]))
+    for c, r in every:
+        by.setdefault(r.method if family(r.method) in several else family(r.method), {})[c] = r
+    longest = contexts[-1]
+    ordered = sorted(by.values(), key=lambda rows: (longest not in rows, order(rows[max(rows)])))
     rows = []
-    for m in ordered:
-        last = by[m].get(contexts[-1])
-        kl = [fixed(by[m][c].kl, ".4f") if c in by[m] else MISSING for c in contexts]
-        rows.append([f"`{m}`", *kl, fixed(last and last.held_ratio, ".0%"), fixed(last and last.accuracy, ".0%")])
+    for mine in ordered:
+        last, labels = mine.get(longest), list(dict.fromkeys(r.method for r in mine.values()))
+        kl = [fixed(mine[c].kl, ".4f") if c in mine else MISSING for c in contexts]
+        name = labels[0] if len(labels) == 1 else family(labels[0])
+        rows.append([f"`{name}`", *kl, fixed(last and last.held_ratio, ".0%"), fixed(last and last.accuracy, ".0%")])
     return table(columns, rows)
 
 

@@ -1,7 +1,7 @@
 """Writes the method pages from the specifications and the recorded results, and the pages and figures of kept measurements.
 
-    python docs/generate.py            write docs/methods/*.md, docs/{benchmarks,operators,gpu}.md, docs/figures/*.svg, the guide
-                                       to adding a method, the table in README.md and the navigation in mkdocs.yml
+    python docs/generate.py            write docs/methods/*.md, docs/{benchmarks,operators,gpu,cpu}.md, docs/figures/*.svg,
+                                       the guide to adding a method, the table in README.md, the navigation in mkdocs.yml
     python docs/generate.py --check    change nothing; exit 1 and name the pages that are out of date
 
 A method's page is a function of its file and of benchmarks/results/real/<id>.json, a table of the result files below
@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import _cpu
 import _gpu
 import _operators
 import _runs
@@ -152,7 +153,8 @@ def texts() -> dict[Path, str]:
         docs / "gpu.md": _gpu.page(results, _note("benchmarks/results/*_gpu.json and linear_checks.json")),
         docs / "guides" / "add-a-method.md": _guide(),
     }
-    out |= {docs / "figures" / name: text for name, text in (files | more).items()}
+    out[docs / "cpu.md"], stream = _cpu.page(results, _note("benchmarks/results/*_cpu.json and stream.json"))
+    out |= {docs / "figures" / name: text for name, text in (files | more | stream).items()}
     readme = ROOT / "README.md"
     if README_RUN in runs and readme.is_file():
         table = "\n".join(_runs.tables(runs[README_RUN]))

@@ -194,9 +194,11 @@ ENVIRONMENT = environment(seed=0)
 
 
 def bench_rows(methods, contexts, model="tiny"):
-    """Rows of `qkv bench`: (label, stack, KL, share held, share read) at each context; KL None: the row failed."""
+    """Rows of `qkv bench`: (label, stack, KL, share held, share read) at each context, or at one; KL None: the row failed."""
     for context in contexts:
-        for label, stack, kl, held, read in methods:
+        for label, stack, kl, held, read, *only in methods:
+            if only and context not in only:
+                continue
             row = {
                 "key": f"{label}{context}",
                 "method": {"label": label, "stack": [{"id": i, "parameters": p} for i, p in stack]},
@@ -230,12 +232,23 @@ def many(ids):
 
 
 def test_a_large_run_in_parts_is_grouped_by_budget_and_sorted_by_divergence(generate, tmp_path):
-    stream = ("streamingllm:window=252", [("streamingllm", {"window": 252, "sinks": 4})], 0.33, 0.25, 0.25)
+    stream = [
+        (
+            f"streamingllm:window={n // 4 - 4}",
+            [("streamingllm", {"window": n // 4 - 4, "sinks": 4})],
+            0.33,
+            0.25,
+            0.25,
+            n,
+        )
+        for n in (512, 1024)
+    ]
     reader = ("quest:budget=0.25", [("quest", {"budget": 0.25})], 0.15, 1.02, 0.25)
     packed = ("kivi:bits=4", [("kivi", {"bits": 4})], 0.01, 0.3, 0.3)
+    packed_more = ("kivi:bits=2", [("kivi", {"bits": 2})], 0.1, 0.2, 0.2)
     failed = ("zipvl:budget=0.5", [("zipvl", {"budget": 0.5})], None, 0, 0)
-    keep(tmp_path / "run" / "a", [FULL, *many("abcdefgh"), packed, failed], [512, 1024], "qkv bench a")
-    keep(tmp_path / "run" / "b", [FULL, stream, reader], [512, 1024], "qkv bench b")
+    keep(tmp_path / "run" / "a", [FULL, *many("abcdefgh"), packed_more, packed, failed], [512, 1024], "qkv bench a")
+    keep(tmp_path / "run" / "b", [FULL, *stream, reader], [512, 1024], "qkv bench b")
     text, runs, files = generate._runs.page(tmp_path, tmp_path / "none.json", "note")
     assert list(runs) == ["run"] and "qkv bench a\nqkv bench b\n" in text
     assert sum(r.method == "full" for r in runs["run"].records) == 2  # one a context, though both parts have it
@@ -243,8 +256,10 @@ def test_a_large_run_in_parts_is_grouped_by_budget_and_sorted_by_divergence(gene
     first = quarter.split("<details")[0]
     found = re.findall(r"^\| `([a-z]+)", first, flags=re.M)
     assert found == ["quest", "streamingllm", *"abcdefgh"]  # by KL at 1024; 252 + 4 of 1024 tokens are a quarter
+    assert "| `streamingllm` | 0.1690 | 0.3379 |" in first  # a row, though the setting differs with the context
     assert "| `quest:budget=0.25` | 0.0768 | 0.1536 | 102% |" in first
-    assert "| `kivi:bits=4` |" in text.split("No budget of tokens")[1].split("### run")[0]
+    others = text.split("No budget of tokens")[1].split("<details")[0]
+    assert re.findall(r"^\| `([^`]+)", others, flags=re.M) == ["full", "kivi:bits=4", "kivi:bits=2"]
     assert "- `zipvl:budget=0.5` at 512: kl: Refused: no &lt;room>" in text
     assert text.count("<details") == text.count("</details>") and "KL at 512" in first
     held, read = (files[f"bench-run-1024-{what}.svg"] for what in ("held", "read"))
@@ -347,7 +362,17 @@ def test_ratios_stand_beside_their_bounds(generate, tmp_path):
     assert "- `kivi:bits=2`: RuntimeError: it broke" in text
     assert "| `h2o graph` | 2.500 | 4.00× | 1.60× | 2.00× | 1.00 | 5.0 |" in text
     assert "--shapes 8x4096 --layers 4" in text and "Some GPU, torch" in text
-    assert "| B2 M60 | 4 | 0.200 | – | – | 2.00× | 4.00× |" in text
+    assert "| `B2 M60` | 4 | 0.200 | – | – | 2.00× | 4.00× |" in text
+
+
+def test_a_long_stream_has_its_curve(generate, tmp_path):
+    rows = [{"tokens": 10_000 * (i + 1), "perplexity": 20.0 + i, "cache_bytes": 5_000_000} for i in range(4)]
+    facts = {"method": "streamingllm:window=1020", "tokens": 40_000, "block": 256, "constant_bytes": True, "rows": rows}
+    write_json(tmp_path / "stream.json", ENVIRONMENT | facts)
+    text, files = generate._cpu.page(tmp_path, "note")
+    assert "5.00 MB after every stretch" in text and "| 20000 | 21 | 5.00 |" in text
+    assert text.count("Not recorded.") == len(generate._cpu.SECTIONS) - 1
+    assert "streamingllm:window=1020" in files["stream.svg"] and "(figures/stream.svg)" in text
 
 
 def test_operators_have_one_number_in_all_figures(generate):
