@@ -7,6 +7,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from qkv.core.errors import MissingDependency
 
 
@@ -23,3 +26,10 @@ def kernel(name: str) -> Callable[..., Any]:
         raise MissingDependency(
             f"the kernel {name!r} needs Triton ({error}): install 'triton' on Linux, or run on the CPU, which needs none"
         ) from error
+
+
+def served(x: Tensor) -> bool:
+    """Whether kernels serve what reads `x`: on CUDA, in float32 or less, which is what they compute in, and no gradient asked."""
+    if not x.is_cuda or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return not (x.requires_grad and torch.is_grad_enabled())

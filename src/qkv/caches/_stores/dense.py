@@ -10,7 +10,7 @@ from torch import Tensor
 from qkv.core.attend import sdpa
 from qkv.core.cache import Compute, Geometry, LayerCache, Now, Step
 from qkv.core.errors import StateError
-from qkv.core.kernel import kernel
+from qkv.core.kernel import kernel, served
 
 
 def grown(capacity: int, needed: int) -> int:
@@ -63,7 +63,7 @@ class DenseCache(LayerCache):
         self.padding = step.padding
         if first:
             keys, values = k, v
-        if q.is_cuda and q.shape[2] == 1 and step.compute is None and step.mask is None and self.left_padded:
+        if served(q) and q.shape[2] == 1 and step.compute is None and step.mask is None and self.left_padded:
             return self._read(q, step)
         mask = None if step.padding is None else step.padding[:, None, None, :]
         if step.mask is not None:
@@ -103,7 +103,7 @@ class DenseCache(LayerCache):
 
     def static(self) -> bool:
         """On CUDA, with room for the token, and padding (if any) on the left."""
-        if self.keys is None or self.seen >= self.keys.shape[2] or not self.keys.is_cuda:
+        if self.keys is None or self.seen >= self.keys.shape[2] or not served(self.keys):
             return False
         return self.left_padded
 

@@ -22,7 +22,7 @@ from qkv.caches._stores.recording import Recording
 from qkv.core.attend import attend, sdpa
 from qkv.core.cache import Geometry, Now, Step
 from qkv.core.errors import Refused, StateError
-from qkv.core.kernel import kernel
+from qkv.core.kernel import kernel, served
 from qkv.core.merge import merge
 
 
@@ -107,7 +107,7 @@ class FoldingCache(Recording):
         self.values.scatter_(2, at.expand(*v.shape), v.detach())
         self.position.scatter_(1, self.slot, position.to(torch.int32))
         torch.maximum(self.newest, position.to(torch.int32), out=self.newest)
-        if q.is_cuda and q.dtype != torch.float64 and step.compute is None:
+        if served(q) and step.compute is None:
             out = self._read(q, step.scale)
         else:
             out = self._attend(q, self.keys, self.values, (self.position >= 0)[:, None, None], False, step)
@@ -255,7 +255,7 @@ class FoldingCache(Recording):
 
     def static(self) -> bool:
         """On CUDA, once there is room for what the next step needs."""
-        if self.keys is None or self.recording or not self.keys.is_cuda or self.length is None:
+        if self.keys is None or self.recording or not served(self.keys) or self.length is None:
             return False
         return self._most(self.seen + 1) <= self.keys.shape[2]
 

@@ -21,7 +21,7 @@ from qkv.caches._stores.dense import grown, resized
 from qkv.core.attend import causal_mask, sdpa
 from qkv.core.cache import LayerCache, Now, Step
 from qkv.core.errors import StateError
-from qkv.core.kernel import kernel
+from qkv.core.kernel import kernel, served
 
 
 class Up(Protocol):
@@ -111,8 +111,7 @@ class LatentCache(LayerCache):
         rows = self._append(live, k.shape[-1])
         rows = live if first else rows
         self.padding = step.padding
-        if q.is_cuda and q.dtype != torch.float64:
-            self.tile = _tile(q.device, q.element_size(), q.shape[1], live.shape[-1], self.rank)
+        self.tile = _tile(q.device, q.element_size(), q.shape[1], live.shape[-1], self.rank) if served(q) else None
         if self.tile is not None and n == 1 and step.compute is None and step.mask is None and self.left_padded:
             length = torch.full((1,), self.seen, dtype=torch.int32, device=q.device)
             start = None if step.padding is None else (~step.padding).sum(-1, dtype=torch.int32)

@@ -35,7 +35,7 @@ from qkv.caches._stores.splits import Block, Splits
 from qkv.core.attend import attend, on_kernels, sdpa
 from qkv.core.cache import Compute, Geometry, Now, Step
 from qkv.core.errors import Refused, StateError
-from qkv.core.kernel import kernel
+from qkv.core.kernel import kernel, served
 from qkv.core.merge import merge
 
 __all__ = ["Block", "MixedCache", "Splits"]
@@ -188,7 +188,7 @@ class MixedCache(Recording):
                 k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)
             return (compute or sdpa)(q, k, v, mask=mask, causal=mask is None, scale=scale), None
         single = q.shape[2] == 1 and mask is None
-        if single and q.is_cuda:
+        if single and served(q):
             length = torch.full((1,), k.shape[2], dtype=torch.int32, device=q.device)
             out, lse = self._launch(rows, q, k, v, scale, length=length)
         elif single and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
@@ -310,7 +310,7 @@ class MixedCache(Recording):
 
     def static(self) -> bool:
         """On CUDA, until a row's waiting tokens become a block; then a step runs as it is, and static ones follow."""
-        if not self.length or self.keys is None or not self.keys.is_cuda or self.recording:
+        if not self.length or self.keys is None or not served(self.keys) or self.recording:
             return False
         return max(self.waiting) + 1 < self.every and self._fixed()
 

@@ -40,7 +40,7 @@ from qkv.caches._stores.recording import Recording, Run
 from qkv.core.attend import CHUNK_ELEMENTS, causal_mask, on_kernels, sdpa
 from qkv.core.cache import Geometry, Now, Step
 from qkv.core.errors import Refused, StateError
-from qkv.core.kernel import kernel
+from qkv.core.kernel import kernel, served
 
 BLOCK_ELEMENTS = 1 << 20  # codes held in floating point at once
 
@@ -423,9 +423,9 @@ class PackedCache(Recording):
 
     def _fused(self, q: Tensor, step: Step) -> bool:
         """Whether the kernels serve this call: one token, plain attention, no gradient wanted."""
-        if not q.is_cuda or q.shape[2] != 1 or step.compute is not None or step.mask is not None:
+        if not served(q) or q.shape[2] != 1 or step.compute is not None or step.mask is not None:
             return False
-        return self._packs and self._regular and not (torch.is_grad_enabled() and q.requires_grad)
+        return self._packs and self._regular
 
     def _holds(self, tokens: int) -> bool:
         """Whether the buffers take `tokens` tokens of every row as they are."""
@@ -473,7 +473,7 @@ class PackedCache(Recording):
 
     def static(self) -> bool:
         """On CUDA, with room for the token, codes that the kernels take, and nothing to be taken back."""
-        if not self.length or self.key_tail is None or not self.key_tail.is_cuda or self.recording:
+        if not self.length or self.key_tail is None or not served(self.key_tail) or self.recording:
             return False
         return self._packs and self._regular and self._holds(max(self.length) + 1)
 

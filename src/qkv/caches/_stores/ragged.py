@@ -25,7 +25,7 @@ from qkv.caches._stores.recording import Recording
 from qkv.core.attend import attend
 from qkv.core.cache import NO_LIMIT, CacheSpec, Geometry, Now, Policy, Step, View
 from qkv.core.errors import Refused, StateError
-from qkv.core.kernel import kernel
+from qkv.core.kernel import kernel, served
 
 Allocate = Callable[[Tensor, Tensor], Tensor]
 """``allocate(worth [B, G, S], keep [B, 1, 1]) -> chosen`` bool ``[B, G, S]``: at most G keep slots of a row in all."""
@@ -266,7 +266,7 @@ class RaggedCache(Recording):
             wide = mask.repeat_interleave(q.shape[1] // mask.shape[1], 1)
             out = step.compute(q, keys, values, mask=wide, causal=False, scale=step.scale)
             return out, attend(q, keys, values, mask=mask, scale=step.scale, mass=True).mass if self._wants() else None
-        if q.is_cuda and q.dtype != torch.float64:
+        if served(q):
             if self.tiles is None:
                 self.tiles = kernel("ragged:work_list")(self.caps, q.device)
             return kernel("ragged:ragged_decode")(
@@ -399,7 +399,7 @@ class RaggedCache(Recording):
 
     def static(self) -> bool:
         """On CUDA, with a free slot in every segment."""
-        if self.keys is None or not self.keys.is_cuda or self.recording or self.tiles is None:
+        if self.keys is None or not served(self.keys) or self.recording or self.tiles is None:
             return False
         return self.room is None or self.room > 0
 

@@ -22,7 +22,7 @@ from qkv.caches._stores.recording import Recording
 from qkv.core.attend import attend, causal_mask, sdpa
 from qkv.core.cache import NO_LIMIT, Geometry, Now, Policy, Step, View
 from qkv.core.errors import Refused, StateError
-from qkv.core.kernel import kernel
+from qkv.core.kernel import kernel, served
 
 
 @final
@@ -78,7 +78,7 @@ class RankedCache(Recording):
     def _absorb(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         n = q.shape[2]
         decoding = n == 1 and self.tail is None and not self._waits(n)
-        if decoding and self._steady_on_device() and step.compute is None:
+        if decoding and self._steady_on_device() and served(q) and step.compute is None:
             return self._steady(q, k, v, step.position, step.scale)
         self._put_back()
         if decoding and self.keys is not None:
@@ -240,7 +240,7 @@ class RankedCache(Recording):
         self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, step: Step, scored: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """One token over all slots (those with a position >= 0, where some are empty); scored: with its mass, if wanted."""
-        if not q.is_cuda or step.compute is not None:
+        if not served(q) or step.compute is not None:
             mask = None if position is None else (position >= 0).unsqueeze(2)
             return self._run(q, k, v, mask, False, step, int(scored and self._wants()), None)
         return self._kernels(q, k, v, position, step.scale, scored)
@@ -278,7 +278,13 @@ class RankedCache(Recording):
 
     def _steady_on_device(self) -> bool:
         """Whether every slot of every row is taken, on CUDA: then a step is a handful of launches."""
-        return self.slot is not None and self.slot.is_cuda and not self.holes and not self.recording
+        return (
+            self.keys is not None
+            and self.slot is not None
+            and served(self.keys)
+            and not self.holes
+            and not self.recording
+        )
 
     def _steady(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float) -> Tensor:
         """As `_one`, in place on static buffers with fused launches: what a captured step runs."""
@@ -626,7 +632,7 @@ class RankedCache(Recording):
 
     def static(self) -> bool:
         """True once every slot is in use: from then on a step overwrites in place. With a lag, until rows are cut again."""
-        if self.recording or self.keys is None or not self.keys.is_cuda:
+        if self.recording or self.keys is None or not served(self.keys):
             return False
         if self.tail is not None or self._waits(1):
             return False

@@ -29,7 +29,7 @@ from qkv.caches._stores.tiered import Shelf
 from qkv.core.attend import attend, sdpa
 from qkv.core.cache import Geometry, LayerCache, Step
 from qkv.core.errors import Refused, StateError
-from qkv.core.kernel import kernel
+from qkv.core.kernel import kernel, served
 from qkv.core.merge import merge
 
 PIECE = 4096  # slots that a prompt's later block brings to the device at a time
@@ -170,7 +170,7 @@ class RetrievalCache(LayerCache):
         holds = None if min(self.lengths) >= width else _before(self.lengths, 0, width, q.device)
         if step.compute is not None:
             return self._computed(q, keys, values, holds, host, step)
-        if q.is_cuda and holds is None and q.dtype != torch.float64:
+        if served(q) and holds is None:
             length = torch.full((1,), width, dtype=torch.int32, device=q.device)
             near = kernel("decode:decode_attention")(q, keys, values, length=length, scale=step.scale)
         else:

@@ -25,7 +25,7 @@ from qkv.caches._stores.recording import Recording, cut
 from qkv.core.attend import sdpa
 from qkv.core.cache import Geometry, Now, Step
 from qkv.core.errors import Refused, StateError
-from qkv.core.kernel import kernel
+from qkv.core.kernel import kernel, served
 from qkv.core.reader import Blocks, Reader, Reading, Selection, kept_blocks
 
 PIECE = 1 << 24  # gathered elements held at once
@@ -445,7 +445,7 @@ class SelectiveCache(Recording):
         if (
             self.hosted
             or self.keys is None
-            or not self.keys.is_cuda
+            or not served(self.keys)
             or not self.reader.capturable
             or self.reader.stateful
         ):
@@ -659,7 +659,7 @@ class SelectiveCache(Recording):
 
 def _kernels(q: Tensor, n: int) -> bool:
     """Whether kernels serve single tokens here."""
-    return n == 1 and q.is_cuda and q.dtype != torch.float64
+    return n == 1 and served(q)
 
 
 def _take(x: Tensor, at: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ q . R(o) k = (R(-o) q) . k, the stored key can stay as it is and the query be tu
 
     out_w = merge_b attend(R(-o_wb) q_w, K_b, V_b)                         (lse merge over the blocks of w)
 
-So a block is held once, turned by nobody, and its keys are read for all its workers together. In a step every worker first
+So a block is held once, turned by nobody, and its keys are read for all its workers together. A block may be packed: its oldest
+tokens, `group` at a time, lie there as codes of some bits (local positions, never quantised twice), the others as they are; a
+turned query reads codes as well as keys. In a step every worker first
 appends its new tokens to its last block, then all read: they see each other's tokens of this very step; own tokens are causal.
 
 Axes: W workers, H query heads, G key/value heads, N new columns (left-padded where workers bring different numbers), S tokens
@@ -22,6 +24,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from qkv.caches._stores.blocks import Blocks
 from qkv.caches._stores.dense import grown, resized
 from qkv.core.attend import attend
 from qkv.core.cache import Rope
@@ -59,57 +62,108 @@ def spread(out: Tensor, lse: Tensor, rows: Tensor, total: int) -> tuple[Tensor, 
     return out.new_zeros(total, *out.shape[1:]).index_copy(0, rows, out), empty.index_copy(0, rows, lse)
 
 
+def _codes(q: Tensor, blocks: Blocks, width: int, scale: float) -> tuple[Tensor, Tensor]:
+    """As `together`, over packed tokens; width: E."""
+    r, h, n, d = q.shape
+    out, lse = blocks.attend([0], q.transpose(0, 1).reshape(1, h, r * n, d), width, scale)
+    return out.reshape(h, r, n, -1).transpose(0, 1), lse.reshape(h, r, n).transpose(0, 1)
+
+
 @final
 class CacheBlock:
-    """A run of tokens: for every layer keys ``[1, G, S, D]`` at local positions 0..S-1 and values ``[1, G, S, E]``."""
+    """A run of tokens: for every layer keys ``[1, G, S, D]`` at local positions 0..S-1 and values ``[1, G, S, E]``.
 
-    def __init__(self, ropes: Sequence[Rope]) -> None:
+    bits: of an element of the tokens that are packed, `group` at a time, when at least as many remain (16: none is). shelved:
+    how many are.
+    """
+
+    def __init__(self, ropes: Sequence[Rope], bits: int = 16, group: int = 128) -> None:
         """An empty block; ropes: the rotary embedding of every layer."""
-        self.ropes = tuple(ropes)
-        self.length = 0
+        self.ropes, self.bits, self.group = tuple(ropes), bits, group
+        self.length = self.shelved = 0
         self.held: dict[int, tuple[Tensor, Tensor]] = {}
+        self.packed: dict[int, Blocks] = {}
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Put keys and values ``[1, G, n, .]`` behind the tokens held; they count once `length` is raised."""
-        total = self.length + keys.shape[2]
+        plain = self.length - self.shelved
+        total = plain + keys.shape[2]
         if layer not in self.held:
             self.held[layer] = tuple(x.new_empty(*x.shape[:2], grown(0, total), x.shape[3]) for x in (keys, values))  # type: ignore[assignment]
         k, v = self.held[layer]
         if k.shape[2] < total:
             room = max(grown(k.shape[2], total), min(2 * k.shape[2], k.shape[2] + 1024))
-            self.held[layer] = k, v = resized(k, room, self.length), resized(v, room, self.length)
-        k[:, :, self.length : total] = keys
-        v[:, :, self.length : total] = values
+            self.held[layer] = k, v = resized(k, room, plain), resized(v, room, plain)
+        k[:, :, plain:total] = keys
+        v[:, :, plain:total] = values
 
-    def layer(self, layer: int, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `length` tokens, default all."""
+    def tail(self, layer: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of those of the first `length` tokens, default all, that are not packed."""
         if layer not in self.held:
             raise StateError(f"the block holds nothing for layer {layer}")
         k, v = self.held[layer]
-        stop = self.length if length is None else length
+        stop = (self.length if length is None else length) - self.shelved
         return k[:, :, :stop], v[:, :, :stop]
 
+    def layer(self, layer: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `length` tokens, default all; packed ones dequantised."""
+        k, v = self.tail(layer, length)
+        if not self.shelved:
+            return k, v
+        old = self.packed[layer].read(0, (k, v))
+        return torch.cat((old[0], k), 2), torch.cat((old[1], v), 2)
+
+    def settle(self) -> None:
+        """Pack what is due: the oldest plain tokens, as long as a group remains behind them."""
+        count = (self.length - self.shelved) // self.group - 1
+        if self.bits == 16 or count < 1:
+            return
+        done = count * self.group
+        for layer in self.held:
+            k, v = self.tail(layer)
+            blocks = self.packed.setdefault(layer, Blocks((self.bits, 0)))
+            every = torch.ones(1, 1, self.group, dtype=torch.bool, device=k.device)
+            for at in range(0, done, self.group):
+                piece = slice(at, at + self.group)
+                blocks.add([0], [self.shelved + at], k[:, :, piece], v[:, :, piece], every, [self.group], ample=False)
+            rest = k.shape[2] - done
+            self.held[layer] = tuple(resized(x[:, :, done:], grown(0, rest), rest) for x in (k, v))  # type: ignore[assignment]
+        self.shelved += done
+
     def append_from(self, other: CacheBlock, start: int = 0, stop: int | None = None) -> None:
-        """Add the tokens start..stop of another block behind these, turned to continue this block."""
+        """Add the tokens start..stop of another block behind these, turned to continue this block.
+
+        Raises `StateError` where they are packed: turned, they would be quantised a second time.
+        """
         stop = other.length if stop is None else stop
         if other is self or not 0 <= start <= stop <= other.length:
             what = "itself" if other is self else f"tokens {start}..{stop} of a block of {other.length}"
             raise InvalidInput(f"a block cannot append {what}")
         if stop == start:
             return
+        if start < other.shelved:
+            raise StateError(
+                f"tokens {start}..{stop} of a block whose first {other.shelved} are packed cannot be moved: they would be "
+                "quantised twice; write what is to be moved into a block of bits=16"
+            )
         for layer in other.held:
-            keys, values = other.layer(layer)
+            keys, values = other.tail(layer)
+            at = slice(start - other.shelved, stop - other.shelved)
             shift = torch.full((1, 1, 1), self.length - start, device=keys.device)
-            self.write(layer, self.ropes[layer].rotate(keys[:, :, start:stop], shift), values[:, :, start:stop])
+            self.write(layer, self.ropes[layer].rotate(keys[:, :, at], shift), values[:, :, at])
         self.length += stop - start
+        self.settle()
 
     def clear(self) -> None:
         """Forget the tokens; the room stays."""
-        self.length = 0
+        self.length = self.shelved = 0
+        self.packed = {}
 
     def bytes(self) -> int:
         """Bytes held, room included."""
-        return sum(x.numel() * x.element_size() for pair in self.held.values() for x in pair)
+        plain = [x for pair in self.held.values() for x in pair]
+        codes = [x for blocks in self.packed.values() for _, x in blocks.named()]
+        return sum(x.numel() * x.element_size() for x in (*plain, *codes))
 
 
 @final
@@ -197,15 +251,16 @@ class SharedCache:
         ]
         n = max(self.counts)
         self.masks = [None if n == 1 else self._mask(b, workers, n) for b, workers in self.reads]
-        lengths = torch.tensor([self.after[id(b)] for b, _ in self.reads], dtype=torch.int32, device=self.device)
+        plain = [self.after[id(b)] - b.shelved for b, _ in self.reads]
+        lengths = torch.tensor(plain, dtype=torch.int32, device=self.device)
         self.device_lengths = list(lengths.split(1))
 
     def _mask(self, block: CacheBlock, workers: list[int], n: int) -> Tensor | None:
-        """``[1, 1, W * N, S]``: in its own block a worker sees no later token of its own; None where everything is seen."""
+        """``[1, 1, W * N, S]`` over plain tokens: in its own block a worker sees no later one of its own; None: all is seen."""
         owner = next((w for w in workers if self.write_to[w] is block), None)
         if owner is None:
             return None
-        size = self.after[id(block)]
+        size = self.after[id(block)] - block.shelved
         seen = torch.ones(len(workers), n, size, dtype=torch.bool, device=self.device)
         column = torch.arange(n, device=self.device)[:, None]
         seen[workers.index(owner)] = torch.arange(size, device=self.device)[None] <= size - n + column
@@ -223,6 +278,7 @@ class SharedCache:
         """The step is over: its tokens count."""
         for block, count in zip(self.write_to, self.counts, strict=True):
             block.length += count
+            block.settle()
 
     def _append(self, layer: int, k: Tensor, v: Tensor) -> None:
         workers, n = len(self.layout), k.shape[2]
@@ -245,10 +301,14 @@ class SharedCache:
                 k, v = (x.expand(len(readers), -1, -1, -1) for x in block.held[layer])
                 out, lse = kernel("decode:decode_attention")(mine, k, v, length=length, scale=scale)
             else:
-                out, lse = together(mine, *block.layer(layer, self.after[id(block)]), mask=mask, scale=scale)
-            if some is not None:
-                out, lse = spread(out, lse, some, workers)
-            parts.append((out, lse.to(wide)))
+                out, lse = together(mine, *block.tail(layer, self.after[id(block)]), mask=mask, scale=scale)
+            own = [(out, lse)]
+            if block.shelved:
+                own.append(_codes(mine, block.packed[layer], out.shape[3], scale))
+            for out, lse in own:
+                if some is not None:
+                    out, lse = spread(out, lse, some, workers)
+                parts.append((out.to(q.dtype), lse.to(wide)))
         return merge(*parts)[0] if len(parts) > 1 else parts[0][0]
 
     def _by_keys(self, layer: int, q: Tensor, scale: float) -> Tensor:
