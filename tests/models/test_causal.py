@@ -604,7 +604,7 @@ def test_what_training_refuses(tmp_path: Any) -> None:
     for data in ([], [{"pixel_values": torch.zeros(1)}], "text", strange, 4 * strange):
         with pytest.raises(InvalidInput):
             train(fresh(), data, tmp_path / "run", **QUICK)
-    with pytest.raises(InvalidInput, match="CausalLM or ViT"):
+    with pytest.raises(InvalidInput, match="CausalLM or ViT or Pyramid"):
         train(torch.nn.Linear(2, 2), rows(), tmp_path / "run", **QUICK)
     with pytest.raises(UnknownName, match="learning_rate"):
         train(fresh(), rows(), tmp_path / "run", learnin_rate=1.0, **QUICK)

@@ -24,6 +24,7 @@ from qkv.distill.lessons import Lesson
 from qkv.distill.run import Options, Outcome, Run, settings_of
 from qkv.models._blocks import Saved
 from qkv.models.language.causal import CausalLM
+from qkv.models.vision.pyramid import Pyramid
 from qkv.models.vision.vit import ViT
 
 RECIPE: dict[str, Any] = {
@@ -72,6 +73,7 @@ def told(model: Any, *batch: Tensor) -> Tensor:
 LESSONS: dict[type[Saved], tuple[type[Lesson], str, frozenset[str]]] = {
     CausalLM: (NextToken, "next-token", frozenset({"input_ids"})),
     ViT: (Labels, "labels", frozenset({"pixel_values", "labels"})),
+    Pyramid: (Labels, "labels", frozenset({"pixel_values", "labels"})),
 }
 
 
@@ -87,11 +89,11 @@ def train(
 ) -> Outcome:
     """Train `model` in place on `data`; everything the run writes is under `out`, the model in ``out/model``.
 
-    model: a `CausalLM` (items ``{"input_ids"}``: rows of tokens, each the target of the one before) or a `ViT` (items
-    ``{"pixel_values", "labels"}``). resume: go on from the newest checkpoint under `out`, or from the given one. evaluate: asked
-    about the model before and after; its numbers come back in `Outcome.scores`. progress: show a bar (default: on a terminal).
-    arguments: names of `transformers.TrainingArguments` (``max_steps`` is required; ``per_device_train_batch_size``,
-    ``learning_rate``, ``bf16``, ``use_cpu``, ...), the rest as in `RECIPE`.
+    model: a `CausalLM` (items ``{"input_ids"}``: rows of tokens, each the target of the one before), a `ViT` or a `Pyramid`
+    (items ``{"pixel_values", "labels"}``). resume: go on from the newest checkpoint under `out`, or from the given one.
+    evaluate: asked about the model before and after; its numbers come back in `Outcome.scores`. progress: show a bar (default:
+    on a terminal). arguments: names of `transformers.TrainingArguments` (``max_steps`` is required;
+    ``per_device_train_batch_size``, ``learning_rate``, ``bf16``, ``use_cpu``, ...), the rest as in `RECIPE`.
 
     Raises `TrainingError` (a run with another configuration, a loss that is not finite), `InvalidInput`, `InvalidParameter`,
     `UnknownName`, `SavedDataError`, `StorageError`.

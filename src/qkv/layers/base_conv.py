@@ -32,6 +32,7 @@ def reference(layer: BaseConvModule, x: Tensor) -> Tensor:
     """The layer tap by tap, x ``[B, N, W]`` -> ``[B, N, W]``."""
     u, g = layer.up(x).chunk(2, -1)
     weight, n = layer.conv.weight[:, 0], x.shape[1]  # [C, k], the newest token's last
+    assert layer.conv.bias is not None
     mixed = torch.zeros_like(u) + layer.conv.bias
     for i in range(min(weight.shape[1], n)):
         mixed[:, i:] += weight[:, -1 - i] * u[:, : n - i]

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from qkv.core.errors import InvalidParameter
-from qkv.core.layer import Layer, LayerSpec
+from qkv.core.layer import LayerSpec
 from qkv.core.registry import method
 from qkv.core.spec import Limit, param
+from qkv.layers._grid import GridLayer
 from qkv.ops._common.grids import Depthwise, LocalConcentration, check_grid, unwindows, windows
 
 
@@ -114,7 +115,7 @@ class L2ViTBlockModule(nn.Module):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class L2ViTBlock(Layer):
+class L2ViTBlock(GridLayer):
     """Settings of an L2ViT block."""
 
     spec: ClassVar[LayerSpec] = LayerSpec(

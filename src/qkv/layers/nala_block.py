@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv.core.errors import InvalidParameter
-from qkv.core.layer import Layer, LayerSpec
+from qkv.core.layer import LayerSpec
 from qkv.core.registry import method
 from qkv.core.spec import Limit, param
+from qkv.layers._grid import GridLayer
 from qkv.ops._common.grids import Depthwise, check_grid, grid_angles, off_grid, on_grid, turned
 
 
@@ -100,7 +101,7 @@ class NaLaBlockModule(nn.Module):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class NaLaBlock(Layer):
+class NaLaBlock(GridLayer):
     """Settings of a NaLaFormer block."""
 
     spec: ClassVar[LayerSpec] = LayerSpec(

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from qkv.core.errors import InvalidParameter
-from qkv.core.layer import Layer, LayerSpec
+from qkv.core.layer import LayerSpec
 from qkv.core.operator import Operator
 from qkv.core.registry import method
 from qkv.core.spec import Limit, param
+from qkv.layers._grid import GridLayer
 from qkv.layers._omni_shift import OmniShiftModule
 from qkv.ops._common.grids import check_grid
 
@@ -121,7 +122,7 @@ def _channels(x: Tensor, grid: Sequence[int], scan: str) -> Tensor:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class ReWKV(Layer):
+class ReWKV(GridLayer):
     """Settings of a Re-WKV block; the defaults are the paper's."""
 
     spec: ClassVar[LayerSpec] = LayerSpec(

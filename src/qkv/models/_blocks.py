@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -24,22 +25,13 @@ M = TypeVar("M", bound="Saved")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class SavedConfig:
     """Base of the small models' configurations: frozen, comparable, plain data in JSON.
 
-    operators: one setting per layer (``"gla"``, ``"full"``, ``"sliding-window:window=128"``, ``"base-conv"``, or a
-    configuration). width: of the residual stream. heads: of every operator, divide the width. kv_heads: key/value heads, divide
-    the heads; 0 for as many. inner: width of the gated layers, 0 for 8/3 of the width in steps of 32. key_width: D of every
-    head, 0 for what each operator asks for.
+    operators: one setting per layer.
     """
 
     operators: tuple[Method | str, ...] = ("gla", "gla", "gla", "gla")
-    width: int = 256
-    heads: int = 4
-    kv_heads: int = 0
-    inner: int = 0
-    key_width: int = 0
-    causal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         given = self.operators
@@ -47,20 +39,16 @@ class ModelConfig:
             raise InvalidParameter(
                 f"operators={given!r} must be a list with one setting per layer, e.g. ('gla', 'full')"
             )
-        self.positive("width", "heads")
-        self.natural("kv_heads", "inner", "key_width")
-        if self.width % self.heads:
-            raise InvalidParameter(f"width={self.width} must be a multiple of heads={self.heads}")
-        if self.heads % (self.kv_heads or self.heads):
-            raise InvalidParameter(f"kv_heads={self.kv_heads} must divide heads={self.heads}, or be 0 for as many")
-        methods = tuple(registry.method(x) for x in given)
-        for method in methods:
-            check_mixing(method, causal=self.causal, grouped=0 < self.kv_heads < self.heads)
-        object.__setattr__(self, "operators", methods)
+        object.__setattr__(self, "operators", tuple(registry.method(x) for x in given))
         self.check()
+        for method in self.methods:
+            self.admit(method)
 
     def check(self) -> None:
         """Checks of the numbers; raise `InvalidParameter`."""
+
+    def admit(self, method: Method) -> None:
+        """Raise `Refused` unless a layer of such a model can be made of the method."""
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -87,7 +75,8 @@ class ModelConfig:
             if name not in known:
                 raise SavedDataError(f"a {cls.__name__} has no {name!r}{near(str(name), known)}")
         try:
-            return cls(**data | {"operators": tuple(registry.from_dict(m) for m in data["operators"])})
+            fields: dict[str, Any] = data | {"operators": tuple(registry.from_dict(m) for m in data["operators"])}
+            return cls(**fields)
         except (QKVError, TypeError) as error:
             raise SavedDataError(f"its configuration is not valid here: {error}") from error
 
@@ -110,6 +99,37 @@ class ModelConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise InvalidParameter(f"{name}={value!r} must be an int of at least 1, or 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(SavedConfig):
+    """Base of the configurations of models whose layers all have one width and take operators.
+
+    operators: one setting per layer (``"gla"``, ``"full"``, ``"sliding-window:window=128"``, ``"base-conv"``, or a
+    configuration). width: of the residual stream. heads: of every operator, divide the width. kv_heads: key/value heads, divide
+    the heads; 0 for as many. inner: width of the gated layers, 0 for 8/3 of the width in steps of 32. key_width: D of every
+    head, 0 for what each operator asks for.
+    """
+
+    width: int = 256
+    heads: int = 4
+    kv_heads: int = 0
+    inner: int = 0
+    key_width: int = 0
+    causal: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """See `SavedConfig.check`."""
+        self.positive("width", "heads")
+        self.natural("kv_heads", "inner", "key_width")
+        if self.width % self.heads:
+            raise InvalidParameter(f"width={self.width} must be a multiple of heads={self.heads}")
+        if self.heads % (self.kv_heads or self.heads):
+            raise InvalidParameter(f"kv_heads={self.kv_heads} must divide heads={self.heads}, or be 0 for as many")
+
+    def admit(self, method: Method) -> None:
+        """See `SavedConfig.admit`."""
+        check_mixing(method, causal=self.causal, grouped=0 < self.kv_heads < self.heads)
 
 
 class Block(nn.Module):
@@ -164,6 +184,15 @@ def initialise(model: nn.Module, layers: int, seed: int) -> None:
             nn.init.normal_(module.weight, std=0.02, generator=draw)
 
 
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Modules made here draw their weights on the CPU from `seed` (None: as they like); the global random state stays."""
+    with torch.random.fork_rng(devices=[]) if seed is not None else nullcontext():
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        yield
+
+
 def fitted(config: Any, parameters: int, count: Any) -> Any:
     """`config` with the width of its gated layers chosen so that `count(config)` comes closest to `parameters`."""
     one, two = (count(dataclasses.replace(config, inner=i)) for i in (1, 2))
@@ -180,7 +209,7 @@ class Saved(nn.Module):
     """A model with a configuration that is written to and read from a folder (JSON and safetensors, all at once)."""
 
     kind: ClassVar[str]
-    config_class: ClassVar[type[ModelConfig]]
+    config_class: ClassVar[type[SavedConfig]]
     config: Any
 
     def save_pretrained(self, path: str | Path, **notes: Any) -> None:
@@ -190,7 +219,7 @@ class Saved(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls: type[M], path: str | Path, *, config: ModelConfig | None = None, device: str | torch.device = "cpu"
+        cls: type[M], path: str | Path, *, config: SavedConfig | None = None, device: str | torch.device = "cpu"
     ) -> M:
         """The model that `save_pretrained` wrote, in evaluation mode.
 
@@ -222,7 +251,7 @@ class Saved(nn.Module):
         return model.to(device).eval()
 
 
-def differences(found: ModelConfig, wanted: ModelConfig) -> list[str]:
+def differences(found: SavedConfig, wanted: SavedConfig) -> list[str]:
     """``name: found instead of wanted`` for every field that differs; operators layer by layer."""
     out = []
     for f in dataclasses.fields(found):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qkv.core.errors import InvalidInput, InvalidParameter, StateError
 from qkv.core.state import State
 from qkv.layers._mixer import check_left_padded
-from qkv.models._blocks import Block, ModelConfig, Saved, fitted, gated_width, initialise, mixer
+from qkv.models._blocks import Block, ModelConfig, Saved, SavedConfig, fitted, gated_width, initialise, mixer
 
 
 @final
@@ -36,7 +36,8 @@ class CausalConfig(ModelConfig):
     rope_base: float = 10000.0
 
     def check(self) -> None:
-        """See `ModelConfig.check`."""
+        """See `SavedConfig.check`."""
+        super().check()
         self.positive("vocabulary")
         self.natural("conv")
         if self.conv == 1:
@@ -61,7 +62,7 @@ class CausalLM(Saved):
     """See the module. A fresh model has random weights from `seed`."""
 
     kind: ClassVar[str] = "causal-lm"
-    config_class: ClassVar[type[ModelConfig]] = CausalConfig
+    config_class: ClassVar[type[SavedConfig]] = CausalConfig
 
     def __init__(self, config: CausalConfig, seed: int = 0) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qkv.core.errors import InvalidInput, InvalidParameter
 from qkv.core.spec import Method
-from qkv.models._blocks import Block, ModelConfig, Saved, fitted, gated_width, initialise, mixer
+from qkv.models._blocks import Block, ModelConfig, Saved, SavedConfig, fitted, gated_width, initialise, mixer
 
 
 @final
@@ -38,7 +38,8 @@ class ViTConfig(ModelConfig):
     causal: ClassVar[bool] = False
 
     def check(self) -> None:
-        """See `ModelConfig.check`."""
+        """See `SavedConfig.check`."""
+        super().check()
         self.positive("channels", "patch", "classes")
         size = tuple(self.size) if isinstance(self.size, (tuple, list)) else ()
         if len(size) != 2 or any(
@@ -64,7 +65,7 @@ class ViT(Saved):
     """See the module. A fresh model has random weights from `seed`."""
 
     kind: ClassVar[str] = "vit"
-    config_class: ClassVar[type[ModelConfig]] = ViTConfig
+    config_class: ClassVar[type[SavedConfig]] = ViTConfig
 
     def __init__(self, config: ViTConfig, seed: int = 0) -> None:
         super().__init__()
