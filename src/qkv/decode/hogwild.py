@@ -10,7 +10,8 @@ every worker reads its list of blocks, its own last (see `SharedCache`). Layouts
 
 A step is finished when a paragraph ends behind the end of a sentence; the worker's block is then turned and appended to
 `common`, in finishing order, and the worker opens its next step with its name. Now and then that opening asks whether the work
-is redundant.
+is redundant. Blocks may be packed (`bits`): the common one, and with it the history of finished steps, and a worker's own in the
+layouts in which it is never moved; the quantiser is the one of zipcache, per channel for keys and per token for values.
 
 Axes: W workers, H query heads, N new columns, V vocabulary. Paper: arXiv:2504.06261.
 """
@@ -26,6 +27,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, final
 import torch
 from torch import Tensor
 
+from qkv.caches._stores.codecs import BITS
 from qkv.caches._stores.shared import CacheBlock, Form, SharedCache
 from qkv.core.cache import Rope
 from qkv.core.decoding import (
@@ -111,9 +113,9 @@ class Engine:
     def __exit__(self, *error: Any) -> Any:
         return self._open.__exit__(*error)
 
-    def block(self) -> CacheBlock:
+    def block(self, bits: int = 16, group: int = 128) -> CacheBlock:
         """An empty block for this model."""
-        return CacheBlock(self.ropes)
+        return CacheBlock(self.ropes, bits, group)
 
     def _attention(self, site: Site, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         if self.seen is not None:
@@ -250,11 +252,15 @@ def _never(step: list[int]) -> bool:
 class _Room:
     """Where the workers are: the blocks, what each reads, and the history of finished steps."""
 
-    def __init__(self, engine: Engine, layout: Layout, form: Form, talk: Talk) -> None:
+    def __init__(
+        self, engine: Engine, layout: Layout, form: Form, talk: Talk, packing: tuple[int, int] = (16, 128)
+    ) -> None:
+        """packing: bits and group of the blocks that only grow; what is moved later stays as it is."""
         self.engine, self.talk = engine, talk
         self.layout: Layout = layout
         self.form: Form = form
-        self.common, self.others, self.own = engine.block(), engine.block(), engine.block()
+        self.common, self.others, self.own = (engine.block(*packing) for _ in range(3))
+        self.packing = packing if layout in ("contiguous", "private") else (16, packing[1])
         self.workers: list[Worker] = []
         self.history: list[tuple[int, list[int]]] = []
 
@@ -338,7 +344,7 @@ def hogwild_generate(
         rows = [ids(prompts)] if one else [ids(p) for p in prompts]
     if not rows or not all(rows):
         raise InvalidInput("hogwild: every prompt needs at least one token")
-    own = {name: more.pop(name) for name in ("form", "check_every") if name in more}
+    own = {name: more.pop(name) for name in ("form", "check_every", "bits", "group") if name in more}
     width = max(map(len, rows))
     batch = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=model.device)
@@ -375,6 +381,9 @@ class Hogwild(Decoding):
         "queries", "what is turned to a block's place: the queries, or (the definition, slower) its keys"
     )
     check_every: int = param(256, "tokens after which a worker is asked whether its work is redundant; 0: never", low=0)
+    bits: int = param(16, "bits of an element of blocks that only grow: the common one, and each worker's own unless it is moved "
+                      "when a step ends (16: as it is)", choices=BITS)  # fmt: skip
+    group: int = param(128, "tokens that are packed together, when as many newer ones remain", low=1)
 
     @torch.no_grad()
     def generate(
@@ -429,10 +438,10 @@ class Hogwild(Decoding):
         stops, dice = end_tokens(eos_token_id), generator_of(seed, model.device)
         with engine:
             engine.probe()
-            room = _Room(engine, self.layout, self.form, talk)
+            room = _Room(engine, self.layout, self.form, talk, (self.bits, self.group))
             for i in range(self.workers):
                 script = list((forced or {}).get(i, ()))
-                worker = Worker(i, names[i], engine.block(), [], script, [], [])
+                worker = Worker(i, names[i], engine.block(*room.packing), [], script, [], [])
                 worker.feed = talk.opening(worker, False) if together else rows[i]
                 if not worker.feed:
                     raise InvalidInput(f"hogwild: the opening of worker {i} holds no token")
