@@ -11,11 +11,14 @@ benchmarks/results: edit those, never the page.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import inspect
+import itertools
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from _text import cell as _cell
 from _text import number as _number
 from _text import prose as _prose
 
+from qkv.bench.environment import read_json
 from qkv.bench.record import read_records
 from qkv.core import registry
 from qkv.core.errors import QKVError
@@ -91,7 +95,28 @@ def pages() -> dict[str, str]:
     unknown = set(measured) - {s.id for s in specs}
     if unknown:
         raise SystemExit(f"results of methods that do not exist: {', '.join(sorted(unknown))}")
-    return {"index.md": _index(specs, measured)} | {f"{s.id}.md": _page(s, measured.get(s.id)) for s in specs}
+    also = _elsewhere({"softmax": "full"} | _aliases())
+    return {"index.md": _index(specs, measured)} | {
+        f"{s.id}.md": _page(s, measured.get(s.id), also.get(s.id, ())) for s in specs
+    }
+
+
+def _aliases() -> dict[str, str]:
+    """Names of the comparison of operators that stand for one method with settings -> its id."""
+    path = ROOT / "benchmarks" / "results" / "operators_lm.json"
+    known = read_json(path)["settings"]["operators"] if path.is_file() else {}
+    return {name: methods[0].partition(":")[0] for name, methods in known.items() if len(methods) == 1}
+
+
+def _elsewhere(alias: dict[str, str]) -> dict[str, list[tuple[str, str]]]:
+    """Method -> (page, title) of the measurements whose tables have a row of it."""
+    out: dict[str, list[tuple[str, str]]] = {}
+    for name, text in _measurements(ROOT)[0].items():
+        title = re.search(r"(?m)^# (.*)$", text)
+        first = {line.split("|")[1].strip(" `") for line in text.splitlines() if line.startswith("| ")}
+        for id in {part.partition(":")[0] for cell in first for part in re.split(r" *\+ *", alias.get(cell, cell))}:
+            out.setdefault(id, []).append((name, title[1] if title else name))
+    return out
 
 
 def _index(specs: list[Spec], records: dict[str, Any]) -> str:
@@ -122,7 +147,7 @@ def _about(spec: Spec) -> str:
     return f"**{_cell(spec.title)}.** {_cell(spec.summary)}".strip() if spec.summary else f"**{_cell(spec.title)}**"
 
 
-def _page(spec: Spec, result: dict[str, Any] | None) -> str:
+def _page(spec: Spec, result: dict[str, Any] | None, also: Sequence[tuple[str, str]] = ()) -> str:
     file = spec.config.__module__.replace(".", "/")
     out = [_note(f"src/{file}.py and benchmarks/results/real/{spec.id}.json"), f"# {_prose(spec.title)}", ""]
     paper = "" if spec.paper == "baseline" else f"{_paper(spec.paper)} · "
@@ -132,8 +157,10 @@ def _page(spec: Spec, result: dict[str, Any] | None) -> str:
     out += [*_use(spec), *_parameters(spec), *_inputs(spec), *_definition(spec), *_limits(spec), *_deviations(spec)]
     out += ["## On real input", ""]
     if spec.shown:
-        out += [f"Expected: {_prose(spec.shown)}", ""]
-    out += _result(result, verdicts().get(spec.id)) if result else ["No figure is recorded yet.", ""]
+        out += [f"Expected: {_linked(_prose(spec.shown), spec.id)}", ""]
+    out += _result(result, verdicts().get(spec.id)) if result else ["No figure of its own is recorded.", ""]
+    if also:
+        out += [f"Also measured: {', '.join(f'[{title}](../{page})' for page, title in also)}.", ""]
     if spec.honest:
         out += ["## Known limit", "", _prose(spec.honest), ""]
     return "\n".join(out).rstrip() + "\n"
@@ -144,17 +171,10 @@ def _page(spec: Spec, result: dict[str, Any] | None) -> str:
 
 def texts() -> dict[Path, str]:
     """Path -> text: the pages of measurements with their figures, README with its table, the guide, the navigation."""
-    results, docs = ROOT / "benchmarks" / "results", ROOT / "docs"
-    bench, runs, files = _runs.page(results / "bench", results / "needles.json", _note("benchmarks/results/bench"))
-    operators, more = _operators.page(results, _note("benchmarks/results/operators_lm.json and operators_vit.json"))
-    out = {
-        docs / "benchmarks.md": bench,
-        docs / "operators.md": operators,
-        docs / "gpu.md": _gpu.page(results, _note("benchmarks/results/*_gpu.json and linear_checks.json")),
-        docs / "guides" / "add-a-method.md": _guide(),
-    }
-    out[docs / "cpu.md"], stream = _cpu.page(results, _note("benchmarks/results/*_cpu.json and stream.json"))
-    out |= {docs / "figures" / name: text for name, text in (files | more | stream).items()}
+    docs = ROOT / "docs"
+    measured, figures, runs = _measurements(ROOT)
+    out = {docs / name: text for name, text in measured.items()} | {docs / "guides" / "add-a-method.md": _guide()}
+    out |= {docs / "figures" / name: text for name, text in figures.items()}
     readme = ROOT / "README.md"
     if README_RUN in runs and readme.is_file():
         table = "\n".join(_runs.tables(runs[README_RUN]))
@@ -163,6 +183,18 @@ def texts() -> dict[Path, str]:
     if site.is_file():
         out[site] = _between(site, "      # methods:begin", "      # methods:end", f"\n{_navigation()}\n")
     return out
+
+
+@functools.cache
+def _measurements(root: Path) -> tuple[dict[str, str], dict[str, str], dict[str, _runs.Run]]:
+    """The pages of measurements by name, their figures by name, the kept runs by name."""
+    results = root / "benchmarks" / "results"
+    bench, runs, figures = _runs.page(results / "bench", results / "needles.json", _note("benchmarks/results/bench"))
+    operators, more = _operators.page(results, _note("benchmarks/results/operators_lm.json and operators_vit.json"))
+    gpu = _gpu.page(results, _note("benchmarks/results/*_gpu.json and linear_checks.json"))
+    cpu, stream = _cpu.page(results, _note("benchmarks/results/*_cpu.json and stream.json"))
+    pages = {"benchmarks.md": bench, "operators.md": operators, "gpu.md": gpu, "cpu.md": cpu}
+    return pages, figures | more | stream, runs
 
 
 def _between(path: Path, begin: str, end: str, text: str) -> str:
@@ -263,8 +295,35 @@ def _range(low: float | None, high: float | None) -> str:
 
 
 def _definition(spec: Spec) -> list[str]:
+    """The docstring of the method's file: what is indented is formula and keeps its lines, the rest is prose."""
     doc = inspect.getdoc(importlib.import_module(spec.config.__module__))
-    return ["## Definition", "", "```text", doc, "```", ""] if doc else []
+    if not doc:
+        return []
+    out = ["## Definition", ""]
+    for formula, group in itertools.groupby(doc.splitlines(), lambda line: line.startswith("    ") if line else None):
+        lines = list(group)
+        if formula is None:
+            out += [""]
+        elif formula:
+            out += ["```text", *(line[4:] for line in lines), "```"]
+        else:
+            out += [_plain(line) for line in lines]
+    return [*out, ""]
+
+
+def _plain(text: str) -> str:
+    """A line of a docstring as Markdown that reads the same."""
+    parts = re.split(r"(``.*?``|`[^`]*`)", text)
+    for i, part in enumerate(parts):
+        parts[i] = (
+            f"`{part.strip('`')}`" if i % 2 else re.sub(r"([\\*\[\]#]|\b_(?!\w)|(?<!\w)_)", r"\\\1", _prose(part))
+        )
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", "".join(parts))
+
+
+def _linked(text: str, own: str) -> str:
+    """Ids of other methods in backticks become links."""
+    return re.sub(r"`([\w-]+)`", lambda m: _method(m[1]) if m[1] != own else m[0], text)
 
 
 def _limits(spec: Spec) -> list[str]:

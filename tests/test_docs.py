@@ -187,6 +187,21 @@ def test_the_worked_example_passes_its_laws(example):
     assert verdict.ok, str(verdict)
 
 
+def test_a_definition_keeps_its_formulas_and_reads_as_text(generate):
+    assert generate._plain("x_t._a * [D, ``[B, H]``] < `y_s` # arXiv:2306.14048.") == (
+        "x_t.\\_a \\* \\[D, `[B, H]`\\] &lt; `y_s` \\# [arXiv:2306.14048](https://arxiv.org/abs/2306.14048)."
+    )
+    page = generate.pages()["h2o.md"].split("## Definition")[1]
+    assert "```text\na_s = sum_t A[t, s]" in page and "\nAxes: B batch" in page.split("```")[2]
+
+
+def test_a_page_says_where_else_its_method_was_measured(generate):
+    pages = generate.pages()
+    assert "Also measured: [Benchmark runs](../benchmarks.md)" in pages["h2o.md"]
+    assert "[Operators compared](../operators.md)" in pages["miras.md"]  # as yaad, moneta and memora
+    assert "see [`ecoformer`](ecoformer.md)" in pages["eco-attention.md"]
+
+
 # -- measurements
 
 
@@ -460,7 +475,7 @@ def test_the_code_of_a_guide_runs(page, tmp_path, monkeypatch):
 
 def commands(page):
     for text in blocks(page, "sh"):
-        for line in text.splitlines():
+        for line in text.replace("\\\n", " ").splitlines():
             line = line.partition(" #")[0].strip().removeprefix(".venv/bin/")
             if line.startswith("qkv "):
                 yield shlex.split(line)[1:]
