@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from qkv.bench.run import Job, run
+from qkv.bench.job import Job
+from qkv.bench.run import run
 from qkv.bench.tasks import Settings
 
 

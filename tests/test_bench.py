@@ -12,8 +12,10 @@ import torch
 import qkv
 from qkv.bench import environment as files
 from qkv.bench import summary
+from qkv.bench.folder import RunFolder
+from qkv.bench.job import Job, label, stack_of
 from qkv.bench.measure import Runner, Spread, cost, peak_memory
-from qkv.bench.run import Job, Listener, RunFolder, label, run, stack_of
+from qkv.bench.run import Listener, run
 from qkv.bench.tasks import Bench, Settings, Trial, passkey, ppl, task, tasks
 from qkv.bench.tasks import kl as kl_task
 from qkv.bench.tasks._continuation import windows

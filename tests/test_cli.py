@@ -14,7 +14,7 @@ import torch
 
 import qkv
 from qkv.bench import default
-from qkv.bench.run import Job, stack_of
+from qkv.bench.job import Job, stack_of
 from qkv.cli import _app, _shared, main
 from qkv.core import registry
 from tiny import tiny_folder

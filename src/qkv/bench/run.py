@@ -11,17 +11,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import random
 import re
-import shlex
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,259 +23,15 @@ import torch
 from torch import Tensor
 
 from qkv import hosts
-from qkv.bench.environment import append_jsonl, environment, plain, read_json, read_jsonl, storage, write_json
+from qkv.bench.environment import append_jsonl, environment, plain, read_json
+from qkv.bench.folder import RunFolder, now
+from qkv.bench.job import Job, Stack
 from qkv.bench.measure import Runner
-from qkv.bench.tasks import Bench, Settings, Task, Trial, task, tasks
-from qkv.core import registry
-from qkv.core.errors import InvalidInput, InvalidParameter, QKVError, Refused, SavedDataError, StorageError
-from qkv.core.spec import Method
+from qkv.bench.tasks import Bench, Task, Trial, task, tasks
+from qkv.core.errors import InvalidInput, QKVError, StorageError
+from qkv.hosts.stack import fingerprint
 
 FORMAT = 1
-KINDS = ("operator", "pattern", "cache", "conversion", "steering")
-Stack = tuple[Method, ...]
-
-
-# -- what is to be done -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to measure. Build it with `Job.of`, which reads settings and checks them.
-
-    model: ``smollm2``, a folder or a hub id. methods: stacks, `full` among them. contexts: prompt lengths in tokens. tasks:
-    ids. text: a name or file for `qkv.bench.assets.long_text`, None = its default. graph: decode in CUDA graphs.
-    """
-
-    model: str
-    methods: tuple[Stack, ...]
-    contexts: tuple[int, ...]
-    tasks: tuple[str, ...]
-    settings: Settings = field(default_factory=Settings)
-    text: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    graph: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        model: str,
-        methods: Sequence[str | Method | Sequence[Method]],
-        contexts: Sequence[int],
-        tasks: Sequence[str] = (),
-        **more: Any,
-    ) -> Job:
-        """A checked job. methods: settings (``"h2o:budget=0.25"``; ``"a+b"`` is a stack) or configurations.
-
-        Raises `UnknownName`, `InvalidParameter`, `Refused` for a method that is not applied to a model.
-        """
-        stacks = list(dict.fromkeys([(registry.method("full"),), *map(stack_of, methods)]))
-        for one in stacks:
-            for method in one:
-                _check_kind(method)
-        if not contexts:
-            raise InvalidParameter("no context length was given; e.g. --context 512,2k")
-        for context in contexts:
-            if not isinstance(context, int) or isinstance(context, bool) or context < 2:
-                raise InvalidParameter(f"context={context!r} must be a whole number of at least 2 tokens")
-        names = tuple(dict.fromkeys(tasks or DEFAULT_TASKS))
-        for name in names:
-            task(name)
-        return cls(
-            model=model, methods=tuple(stacks), contexts=tuple(sorted(set(contexts))), tasks=names, **more
-        )  # fmt: skip
-
-    def label(self, stack: Stack) -> str:
-        """The name of a stack in tables and pictures."""
-        return label(stack, self.methods)
-
-
-DEFAULT_TASKS = ("ppl", "kl", "passkey")
-
-
-def stack_of(methods: str | Method | Sequence[Method]) -> Stack:
-    """``"a:x=1+b"`` or configurations as a stack."""
-    if isinstance(methods, Method):
-        return (methods,)
-    if isinstance(methods, str):
-        parts = re.split(r"\+(?=[A-Za-z])", methods)
-        if not all(p.strip() for p in parts):
-            raise InvalidParameter(f"{methods!r} names no method; write e.g. h2o:budget=0.25, or a+b for a stack")
-        return tuple(registry.method(p) for p in parts)
-    return tuple(methods)
-
-
-def label(stack: Sequence[Method], beside: Sequence[Sequence[Method]] = ()) -> str:
-    """How a stack is written on the command line, settings at their defaults left out.
-
-    beside: the other stacks of the job; settings in which two uses of one method differ are always written.
-    """
-    return "+".join(_written(m, [x for s in beside for x in s if x.id == m.id]) for m in stack)
-
-
-def _written(method: Method, alike: Sequence[Method]) -> str:
-    parts = []
-    for p in method.spec.parameters:
-        value = getattr(method, p.name)
-        if value != p.default or any(getattr(x, p.name) != value for x in alike):
-            parts.append(f"{p.name}={json.dumps(plain(value)) if isinstance(value, (tuple, list)) else value}")
-    return method.id + (":" + ",".join(parts) if parts else "")
-
-
-def _check_kind(method: Method) -> None:
-    if method.spec.kind in KINDS:
-        return
-    instead = {
-        "probe": "it measures heads and changes nothing: use `qkv inspect`",
-        "objective": "it teaches a student: use `qkv distill`, then bench the student",
-        "layer": "it is a module of new models: bench a model that has it",
-        "decoding": "it is a way to produce tokens with a generate function of its own",
-        "model": "it is a model of its own",
-        "cost": "it is a model of costs",
-    }.get(method.spec.kind, "it is not applied to a model")
-    raise Refused(f"{method} is of kind {method.spec.kind}, which the bench cannot run: {instead}")
-
-
-# -- the folder -------------------------------------------------------------------------------------------------------
-
-
-class RunFolder:
-    """The files of a run. One process at a time; another configuration is refused."""
-
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path, self.identity = path, identity
-        self.results = path / "results.jsonl"
-
-    @classmethod
-    @contextmanager
-    def open(cls, path: str | Path, identity: dict[str, Any], fresh: bool = False) -> Iterator[RunFolder]:
-        """Create the folder, or go on in one of the same identity. fresh: set its rows aside and start over.
-
-        Raises `InvalidInput` for a folder of something else or of another configuration, `StorageError`.
-        """
-        path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise InvalidInput(f"{path} is a file; --out names a folder")
-        manifest = path / "run.json"
-        if path.is_dir() and not manifest.exists() and any(path.iterdir()):
-            raise InvalidInput(f"{path} is not empty and holds no run of qkv bench; choose another folder with --out")
-        with storage(path, "make the folder"):
-            path.mkdir(parents=True, exist_ok=True)
-        with _sole_user(path):
-            folder = cls(path, plain(identity))
-            if manifest.exists() and not fresh:
-                folder._check(read_json(manifest))
-            else:
-                folder._start()
-            yield folder
-
-    def _start(self) -> None:
-        old = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        with storage(self.path):
-            if self.results.exists():
-                self.results.rename(self.path / f"results-until-{old}.jsonl")
-            for file in (self.path / "reference").glob("*.safetensors"):
-                file.unlink()
-        command = shlex.join(["qkv", *sys.argv[1:]])
-        write_json(self.path / "run.json", {"identity": self.identity, "command": command, "started": _now()})
-
-    def _check(self, saved: Any) -> None:
-        old = saved.get("identity") if isinstance(saved, dict) else None
-        if not isinstance(old, dict):
-            raise SavedDataError(f"{self.path / 'run.json'} is not the manifest of a bench run")
-        changes = list(_differences(old, self.identity))
-        if changes:
-            raise InvalidInput(
-                f"{self.path} holds a run of another configuration, and rows of both must not be mixed: "
-                + "; ".join(changes[:4])
-                + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
-                + ". Choose another folder with --out, or start this one over with --fresh"
-            )
-
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """The rows by key; the first of a key counts."""
-        out: dict[str, dict[str, Any]] = {}
-        for row in read_jsonl(self.results):
-            if isinstance(row.get("key"), str):
-                out.setdefault(row["key"], row)
-        return out
-
-    def forget_errors(self) -> None:
-        """Drop the rows that hold an error, so that they are measured again."""
-        rows = read_jsonl(self.results)
-        good = [r for r in rows if r.get("status") != "error"]
-        if len(good) < len(rows):
-            from qkv.bench.environment import write_text
-
-            write_text(self.results, "".join(json.dumps(plain(r), ensure_ascii=False) + "\n" for r in good))
-
-    def reference(self, name: str) -> dict[str, Tensor] | None:
-        """Tensors of the unmodified model, or None when they are not there (or not whole)."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path = self.path / "reference" / f"{name}.safetensors"
-        try:
-            return load_file(path) if path.is_file() else None
-        except SafetensorError:
-            return None
-
-    def keep_reference(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Write such tensors, whole or not at all."""
-        from safetensors.torch import save
-
-        path = self.path / "reference" / f"{name}.safetensors"
-        with storage(path):
-            path.parent.mkdir(exist_ok=True)
-            number, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-            try:
-                with open(number, "wb") as file:
-                    file.write(save({k: v.contiguous() for k, v in tensors.items()}))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(temporary)
-                raise
-
-
-def _differences(old: Any, new: Any, at: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted({*old, *new}):
-            yield from _differences(old.get(name), new.get(name), f"{at}.{name}" if at else name)
-    elif old != new:
-        yield f"{at}: there {_short(old)}, now {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list) and all(isinstance(v, dict) and "label" in v for v in value):
-        value = [v["label"] for v in value]
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-@contextmanager
-def _sole_user(path: Path) -> Iterator[None]:
-    """An exclusive lock on the folder, where the system has such locks; it goes with the process."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with storage(path, "lock"):
-        file = (path / ".lock").open("w")
-    with file:
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidInput(
-                f"another qkv bench is at work in {path}; wait for it, or choose another --out"
-            ) from None
-        yield
-
-
-# -- running ----------------------------------------------------------------------------------------------------------
 
 
 class Listener:
@@ -395,7 +145,7 @@ def _identity(job: Job, model: Any, text: str, here: dict[str, Any]) -> dict[str
         "model": {
             "name": job.model,
             "class": type(model).__name__,
-            "fingerprint": _fingerprint(model),
+            "fingerprint": fingerprint(model),
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "device": device.type,
         },
@@ -416,12 +166,6 @@ def _identity(job: Job, model: Any, text: str, here: dict[str, Any]) -> dict[str
 
 def _text_name(text: str | None) -> str:
     return "default" if text is None else Path(text).name
-
-
-def _fingerprint(model: Any) -> str:
-    from qkv.hosts.stack import fingerprint
-
-    return fingerprint(model)
 
 
 def _folder_name(job: Job, identity: dict[str, Any]) -> str:
@@ -555,7 +299,7 @@ class _Work:
             "parameters": cell.task.parameters(self.job.settings),
             **found,
             "seconds": seconds,
-            "finished": _now(),
+            "finished": now(),
             "environment": self.environment,
         }
         if error is not None:
@@ -596,10 +340,6 @@ def calibration(
 def _message(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return text if isinstance(error, QKVError) or len(text) < 2000 else text[:2000] + " ..."
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def known_tasks() -> list[str]:

@@ -88,13 +88,14 @@ def command(
     """
     from qkv.bench import report, run
     from qkv.bench.default import CONTEXTS, METHODS
+    from qkv.bench.job import Job
     from qkv.bench.tasks import Settings
 
     settings = Settings(
         windows=windows, tokens=tokens, depths=parse_numbers(depths, "--depths"), trials=trials, query_aware=query_aware,
         chunk=prefill_chunk, seed=seed,
     )  # fmt: skip
-    job = run.Job.of(
+    job = Job.of(
         model, method or METHODS, parse_contexts(context) if context else CONTEXTS, parse_list(tasks),
         settings=settings, text=text, dtype=dtype, device=pick_device(device), graph=graph,
     )  # fmt: skip
