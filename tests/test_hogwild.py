@@ -602,8 +602,11 @@ def test_workers_write_over_packed_blocks_nearly_what_they_write(model, layout) 
         got, held = logits(bits=bits, group=8)
         assert held < full
         gaps.append(float((got - want).abs().max()))
-    assert 0 < gaps[0] < 0.02 * float(want.abs().max()) and gaps[0] < gaps[1]
+    assert 0 < gaps[0] < 0.05 * gaps[1]
     by_keys, _ = logits(bits=2, group=8, form="keys")
     by_queries, _ = logits(bits=2, group=8)
-    # Where rounding meets half a step a code of a later layer may differ.
-    assert float((by_keys - by_queries).abs().max()) < 0.02 * gaps[1]
+    gap = (by_keys - by_queries).abs()
+    assert float(gap[:5].max()) < 1e-5
+    assert (
+        float(gap.max()) < 1e-3 * gaps[1]
+    )  # where rounding meets half a step, a code that is written later may differ
