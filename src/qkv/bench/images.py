@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.bench.assets import cache_dir
+from qkv.bench.packages import cache_dir
 from qkv.core.errors import AssetError, MissingDependency, UnknownName
 from qkv.core.spec import near
 
