@@ -197,7 +197,6 @@ WRONG_FILES = [
     (lambda s: "x = 1", r"^running_mean\.py must define one method class"),
     (lambda s: s.replace("@dataclass(frozen=True, kw_only=True)\n", ""), "must be a frozen dataclass"),
     (lambda s: s.replace('id="running-mean"', 'id="Running Mean"'), "must be words of a-z"),
-    (lambda s: s.replace('id="running-mean"', 'id="full"'), r"'full' is taken by qkv\.ops\.full"),
 ]
 
 

@@ -144,9 +144,4 @@ def _of_its_own(cls: type[Method], path: Path) -> type[Method]:
         )
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", str(name)):
         raise InvalidInput(f"{path.name}: the id {name!r} must be words of a-z and 0-9 joined by '-', e.g. 'my-cache'")
-    taken = _files().get(name)
-    if taken is not None:
-        home = importlib.util.find_spec(taken)
-        if home is None or home.origin is None or Path(home.origin).resolve() != path:
-            raise InvalidInput(f"{path.name}: the id {name!r} is taken by {taken}; choose another")
     return cls

@@ -36,6 +36,7 @@ ROLES = {
     "steering": "steers",
     "conversion": "converts",
 }
+SORTS = {"self": "a causal", "encoder": "a bidirectional", "cross": "a cross-"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +201,7 @@ def fits(method: Method, site: Site) -> str | None:
         return site.reason
     if isinstance(method, CacheMethod):
         if not site.cached:
-            return f"a {site.role} attention that keeps no growing cache has nothing to compress"
+            return f"{SORTS[site.role]} attention that keeps no growing cache has nothing to compress"
         if site.window is not None:
             return f"it already keeps only its own sliding window of {site.window} tokens"
         return method.fits(site.geometry)

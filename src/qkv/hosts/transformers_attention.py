@@ -23,6 +23,9 @@ NAME = "qkv"
 ATTRIBUTE = "_qkv"
 """Where a model keeps its session, a module its `SiteState` and a cache the session that owns it."""
 
+UNSERVED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+"""Inputs that some models give their attention function and that qkv's forms do not compute."""
+
 
 def register() -> None:
     """Make both functions known to transformers under `NAME`."""
@@ -64,6 +67,9 @@ def attention_function(
         layer = pending[0]
         handoff.pending = None
     state: SiteState | None = module.__dict__.get(ATTRIBUTE)
+    if layer is None and pending is not None and pending[0].state is state:
+        handoff.pending = None
+        raise StateError(pending[0].lost())
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if state is not None and state.instead is not None:
         if layer is not None:
@@ -77,7 +83,7 @@ def attention_function(
         if state is not None and state.observers:
             _tell(state, query, key, value, attention_mask, scaling, causal, out)
         return out, weights
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in UNSERVED:
         if kwargs.get(name) is not None:
             raise Refused(f"{state.site.name} passes {name!r} to its attention, which qkv's forms do not compute")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -100,8 +106,8 @@ def _tell(
     out: Tensor,
 ) -> None:
     """Observers of a site without methods: the model computed as ever, they only learn of it."""
+    mask = _visible(state, mask)
     if mask is not None:
-        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         mask = mask[..., : k.shape[2]]
     causal = causal and q.shape[2] > 1 and (mask is None or mask.shape[-2] == 1)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
@@ -109,12 +115,26 @@ def _tell(
         callback(state.site, Call(q, k, v, mask, causal, scale, out.transpose(1, 2)))
 
 
+def _visible(state: SiteState, mask: Tensor | None) -> Tensor | None:
+    """A mask as bools, True where a key may be seen. Raises `Refused` for one that adds more than 0 or nothing to the logits."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise Refused(f"{state.site.name} was given a mask of {mask.dtype}; a mask is bool, or float with 0 and -inf")
+    seen = mask > torch.finfo(mask.dtype).min / 2
+    if bool(mask.masked_fill(~seen, 0).any()):
+        raise Refused(
+            f"{state.site.name} adds a bias to its logits through its mask (values other than 0 and -inf), which qkv's attention "
+            "forms do not compute"
+        )
+    return seen
+
+
 def _uncached(
     state: SiteState, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float, causal: bool
 ) -> Tensor:
     """Training, encoders, cross-attention, or a cache that qkv does not own: k and v are all there is."""
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2
+    mask = _visible(state, mask)
     if mask is not None:
         mask = mask[..., : k.shape[2]]
     if mask is not None and mask.shape[-2] != 1:
@@ -140,8 +160,7 @@ def _cached(
     session, seen = state.session, memory.seen
     if session.now is not None:
         return memory.step(q, k, v, scale, session.now)
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2
+    mask = _visible(state, mask)
     padding = other = None
     if mask is not None and mask.shape[-2] == 1 and mask.shape[1] == 1:
         padding = mask[:, 0, 0, : seen + n]

@@ -36,13 +36,18 @@ class QKVLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hand over to the attention function that follows on the same tensors."""
         pending = getattr(handoff, "pending", None)
-        if pending is not None and pending[0] is self:
-            raise StateError(
-                f"{self.state.site.name}: the last keys never reached qkv's attention function; the model changed them "
-                "between its cache and its attention, so this model is not supported"
-            )
+        if pending is not None:
+            handoff.pending = None
+            raise StateError(pending[0].lost())
         handoff.pending = (self, key_states)
         return key_states, value_states
+
+    def lost(self) -> str:
+        """What is wrong when the attention function of this layer's site does not get the keys that went into it."""
+        return (
+            f"{self.state.site.name}: keys that went into its cache never reached qkv's attention function as they were; the "
+            "model changes them on the way, so its cache cannot be served"
+        )
 
     def get_seq_length(self) -> int:
         """Logical tokens seen."""

@@ -19,9 +19,9 @@ from qkv.core.errors import NotApplied, Refused, StateError
 from qkv.core.site import Site
 from qkv.hosts.stack import Entry, SiteState
 from qkv.hosts.transformers_attention import ATTRIBUTE, NAME, register
-from qkv.hosts.transformers_cache import QKVLayer
+from qkv.hosts.transformers_cache import QKVLayer, handoff
 from qkv.hosts.transformers_repair import Repairs
-from qkv.hosts.transformers_sites import find_sites
+from qkv.hosts.transformers_sites import find_sites, out_of_reach
 
 
 class Session:
@@ -53,6 +53,9 @@ class Session:
 
     def install(self) -> None:
         """Make ``qkv`` the attention implementation and watch for fresh caches."""
+        reason = out_of_reach(self.model)
+        if reason is not None:
+            raise Refused(f"{type(self.model).__name__} cannot be served: {reason}")
         register()
         for site in self.sites:
             self.state(site)
@@ -108,6 +111,7 @@ class Session:
         return out
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        handoff.pending = None  # what a forward that failed half way has left
         names = list(inspect.signature(module.forward).parameters)
         at = names.index("past_key_values") if "past_key_values" in names else None
         positional = at is not None and at < len(args)

@@ -13,6 +13,10 @@ from qkv.core.cache import Geometry, Rope
 from qkv.core.errors import InvalidInput
 from qkv.core.site import Site
 
+PICKED = frozenset(("indices", "block_indices"))
+"""Keyword arguments with which transformers' models hand over the keys that an indexer picked."""
+PICKS = "its own indexer picks the keys that a query sees, which qkv's attention forms do not take"
+
 
 def find_sites(model: PreTrainedModel) -> list[Site]:
     """Every attention site of a model that carries nothing. Raises `InvalidInput` when there is none."""
@@ -110,7 +114,7 @@ def _site(
         causal=causal,
         window=window,
         scale=_scale(module),
-        cached=causal and isinstance(layer, int),
+        cached=causal and isinstance(layer, int) and not keeps_latents(module),
         geometry=geometry,
         module=type(module).__name__,
         reason=reason,
@@ -143,10 +147,46 @@ def _unsupported(module: nn.Module) -> str | None:
         return "it caps its logits (softcap), which qkv's attention forms do not compute"
     if isinstance(getattr(module, "sinks", None), Tensor):
         return "it has learned sink logits (s_aux), which qkv's attention forms do not compute"
+    if getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False):
+        return (
+            "it shares one layer's keys and values with other layers, outside the cache; qkv hands every layer its own and "
+            "has no seam for that"
+        )
     code = _code(module)
+    if code is not None and "cycle_offset" in code.co_varnames:
+        return "one module fills several layers of the cache in turn, and qkv keeps one memory for each module"
     if code is not None and "position_bias" in code.co_varnames:
         return "it adds a relative position bias to its logits, which qkv's attention forms do not compute"
+    if _picks_keys(module):
+        return PICKS
     return None
+
+
+def keeps_latents(module: nn.Module) -> bool:
+    """Whether a module of transformers (MLA) caches latents and makes keys and values of all of them anew at every step."""
+    return hasattr(module, "expand_kv")
+
+
+def out_of_reach(model: PreTrainedModel) -> str | None:
+    """None, or why no site of a model can be served, not even by leaving its other sites as they are.
+
+    An attention that picks keys writes them into its mask under the names sdpa and eager alone; under any other it leaves that
+    to a kernel of its own, so the model would compute something else as soon as it carries the name ``qkv``. A decoder whose
+    attention says that it is not causal leaves that to its mask, which qkv's mask function gives as padding alone.
+    """
+    for site in find_sites(model):
+        module = model.get_submodule(site.name)
+        if _picks_keys(module):
+            return f"{site.name}: {PICKS}, and it would run without them beside other sites of qkv"
+        if site.role == "encoder" and getattr(module, "is_decoder", False):
+            return f"{site.name} belongs to a decoder and says that it is not causal (is_causal=False), so its mask decides"
+    return None
+
+
+def _picks_keys(module: nn.Module) -> bool:
+    """Whether an attention hands the keys that an indexer picked to its attention function."""
+    code = _code(module)
+    return code is not None and not PICKED.isdisjoint(x for c in code.co_consts if isinstance(c, tuple) for x in c)
 
 
 def _rope(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> Rope | None:

@@ -20,7 +20,7 @@ from qkv.hosts.stack import Entry, Plan, SiteState, Verdict
 from qkv.hosts.transformers_attention import ATTRIBUTE
 from qkv.hosts.transformers_repair import Repairs
 from qkv.hosts.transformers_session import Session
-from qkv.hosts.transformers_sites import find_sites
+from qkv.hosts.transformers_sites import find_sites, keeps_latents, out_of_reach
 
 
 def judge(
@@ -46,7 +46,7 @@ def judge(
             bad = next(v for v in mine if v.reason is not None)
             refusal = f"{bad.site.name}, which `where` names, refuses {method}: {bad.reason}"
         conflict = stack.clash([*before, (method, accepted)])
-        refusal = refusal or conflict
+        refusal = refusal or conflict or (out_of_reach(model) if session is None else None)
         before.append((method, accepted))
     return Plan(tuple(verdicts), refusal)
 
@@ -54,8 +54,10 @@ def judge(
 def _fits(model: PreTrainedModel, method: Method, site: Site) -> str | None:
     """None, or why the method cannot act at the site: the rules of the stack, then those that look at the module."""
     module = model.get_submodule(site.name)
-    if isinstance(method, CacheMethod) and hasattr(module, "qkv_cache_layer"):
-        return f"{type(module).__name__} keeps a cache of its own, which holds no keys and values to act on"
+    if isinstance(method, CacheMethod) and (hasattr(module, "qkv_cache_layer") or keeps_latents(module)):
+        return (
+            site.reason or f"{type(module).__name__} keeps a cache of its own, which holds no keys and values to act on"
+        )
     reason = stack.fits(method, site)
     if reason is None and isinstance(method, Conversion):
         return method.fits(site, module)
