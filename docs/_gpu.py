@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from _text import MISSING, cell, fixed, folded, number, prose, shell, table, times, where
+from _text import MISSING, cell, fixed, folded, number, picture, prose, shell, table, times, where
 
+from qkv.bench import _charts as charts
 from qkv.bench.environment import read_json
 
 Row = dict[str, Any]
@@ -23,9 +24,58 @@ INTRODUCTION = (
 )
 
 
-def page(folder: Path, note: str) -> str:
-    """The text of the page."""
-    return "\n".join([note, "# On one GPU", "", INTRODUCTION, "", *sections(folder, SECTIONS)]).rstrip() + "\n"
+def page(folder: Path, note: str) -> tuple[str, dict[str, str]]:
+    """The text of the page, and its figures by file name."""
+    text = "\n".join([note, "# On one GPU", "", INTRODUCTION, "", *sections(folder, SECTIONS)]).rstrip() + "\n"
+    files: dict[str, str] = {}
+    for file, made in (("attention_gpu", _attention_bars), ("sparse_gpu", _sparse_bars)):
+        if (folder / f"{file}.json").is_file():
+            files |= {name: _bars(title, rows) for name, title, rows in made(read_json(folder / f"{file}.json"))}
+    return text, files
+
+
+Bars = tuple[str, str, list[tuple[str, float, float | None]]]
+"""File, title, and rows: name, ratio, bound."""
+
+
+def _bars(title: str, rows: list[tuple[str, float, float | None]]) -> str:
+    chart, height = charts.bars(title, rows)
+    return charts.alone(title, chart, [], height)
+
+
+def _shown(bars: Sequence[Bars]) -> list[str]:
+    """The lines that show them."""
+    words = "{}: how many times faster each of {} methods is, as a bar inside its bound; the numbers are in the table."
+    return [line for name, title, rows in bars for line in picture(name, words.format(title, len(rows)))]
+
+
+def _attention_bars(data: Row) -> list[Bars]:
+    rows = data["rows"]
+    whole = next((r["held_bytes"] for r in rows if r["method"] == "full" and "held_bytes" in r), None)
+    made = [(r["method"], float(r["best_exact_over_method"]), _bound(whole, r["held_bytes"]))
+            for r in rows if r["method"] != "full" and r.get("best_exact_over_method")]  # fmt: skip
+    title = f"{data['batch']} x {data['context']}: times the best exact kernel"
+    return [("gpu-attention.svg", title, made)] if made else []
+
+
+def _bound(whole: int | None, held: int) -> float | None:
+    """Of a method that holds less than everything, by the bytes."""
+    return whole / held if whole and held < 0.95 * whole else None
+
+
+def _sparse_bars(data: Row) -> list[Bars]:
+    out: list[Bars] = []
+    rows = data.get("attention", [])
+    for shape in dict.fromkeys(tuple(r["shape"]) for r in rows):
+        here = [r for r in rows if tuple(r["shape"]) == shape]
+        made = [
+            (r["name"], float(r["over_full"]), here[0]["bound_ms"] / r["bound_ms"]) for r in here if "over_full" in r
+        ]
+        if made:
+            out.append(
+                (f"gpu-sparse-{shape[0]}-{shape[3]}.svg", f"Sparse reads, {shape[0]} x {shape[3]}: times full", made)
+            )
+    return out
 
 
 def sections(folder: Path, wanted: Sequence[Section]) -> list[str]:
@@ -176,14 +226,13 @@ def _attention(data: Row) -> list[str]:
     lines = []
     for r in rows:
         held = r.get("held_bytes")
-        part = whole and held and held < 0.95 * whole
         lines.append(
             [
                 f"`{r['method']}`" if held else r["method"],
                 _ms(r.get("ms")),
                 times(r.get("best_exact_over_method")),
                 times(r.get("full_over_method")),
-                times(whole / held) if part else MISSING,
+                times(_bound(whole, held) if held else None),
                 fixed(held, ".3f", 1e-9),
                 _ms(r.get("copy_ms")),
             ]
@@ -192,7 +241,14 @@ def _attention(data: Row) -> list[str]:
     sizes = ("batch", "context", "heads", "kv_heads", "width")
     about = "{} rows, {} tokens, {} heads, {} KV heads, width {}.".format(*(data[k] for k in sizes))
     more = "A method that holds everything and reads a part has its bound under [sparse reads](#sparse-reads)."
-    return [about + " " + more, "", *table(columns, lines), "", *_errors(rows, "method")]
+    return [
+        about + " " + more,
+        "",
+        *_shown(_attention_bars(data)),
+        *table(columns, lines),
+        "",
+        *_errors(rows, "method"),
+    ]
 
 
 def _sparse(data: Row) -> list[str]:
@@ -219,7 +275,9 @@ def _sparse(data: Row) -> list[str]:
                 ]
             )
         columns = ("step", "ms", "bound, ms", "over full", "over best exact", "bound of the ratio", "index read, MB")
-        out += [f"One layer, {_shape(shape)}", "", *table(columns, lines), ""]
+        name = f"gpu-sparse-{shape[0]}-{shape[3]}.svg"
+        shown = _shown([b for b in _sparse_bars(data) if b[0] == name])
+        out += [f"One layer, {_shape(shape)}", "", *shown, *table(columns, lines), ""]
     for shape in dict.fromkeys((r["model"], r["batch"], r["context"]) for r in data.get("model", ())):
         here = [r for r in data["model"] if (r["model"], r["batch"], r["context"]) == shape]
         full = next((r["ms_per_token"] for r in here if r["method"] == "full"), None)

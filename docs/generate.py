@@ -191,10 +191,10 @@ def _measurements(root: Path) -> tuple[dict[str, str], dict[str, str], dict[str,
     results = root / "benchmarks" / "results"
     bench, runs, figures = _runs.page(results / "bench", results / "needles.json", _note("benchmarks/results/bench"))
     operators, more = _operators.page(results, _note("benchmarks/results/operators_lm.json and operators_vit.json"))
-    gpu = _gpu.page(results, _note("benchmarks/results/*_gpu.json and linear_checks.json"))
+    gpu, bars = _gpu.page(results, _note("benchmarks/results/*_gpu.json and linear_checks.json"))
     cpu, stream = _cpu.page(results, _note("benchmarks/results/*_cpu.json and stream.json"))
     pages = {"benchmarks.md": bench, "operators.md": operators, "gpu.md": gpu, "cpu.md": cpu}
-    return pages, figures | more | stream, runs
+    return pages, figures | more | stream | bars, runs
 
 
 def _between(path: Path, begin: str, end: str, text: str) -> str:
@@ -270,19 +270,20 @@ def _inputs(spec: Spec) -> list[str]:
     extras = getattr(spec, "extras", None) or {}
     if not extras:
         return []
-    out = ["## Inputs besides q, k, v", "", "| name | axes | role | required | meaning |", "|---|---|---|---|---|"]
-    out += [f"| `{name}` | {' or '.join(f'`{a.upper()}`' for a in x.axes.split('|'))} | {x.role} | "
-            f"{'yes' if x.required else 'no'} | {_cell(x.doc)} |" for name, x in extras.items()]  # fmt: skip
+    out = ["## Inputs besides q, k, v", "", "| name | meaning | axes | role | required |", "|---|---|---|---|---|"]
+    for name, x in extras.items():
+        axes = " or ".join(f"`{a.upper()}`" for a in x.axes.split("|"))
+        out.append(f"| `{name}` | {_cell(x.doc)} | {axes} | {x.role} | {'yes' if x.required else 'no'} |")
     return [*out, ""]
 
 
 def _parameters(spec: Spec) -> list[str]:
     if not spec.parameters:
         return ["## Parameters", "", "None.", ""]
-    out = ["## Parameters", "", "| name | type | default | valid | meaning |", "|---|---|---|---|---|"]
+    out = ["## Parameters", "", "| name | meaning | default | valid | type |", "|---|---|---|---|---|"]
     for p in spec.parameters:
         valid = ", ".join(f"`{c!r}`" for c in p.choices) if p.choices else _range(p.low, p.high)
-        out.append(f"| `{p.name}` | `{_cell(p.type)}` | `{p.default!r}` | {valid} | {_cell(p.doc)} |")
+        out.append(f"| `{p.name}` | {_cell(p.doc)} | `{p.default!r}` | {valid} | `{_cell(p.type)}` |")
     return [*out, ""]
 
 

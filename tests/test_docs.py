@@ -313,9 +313,9 @@ def test_pass_keys_beside_kvpress(generate, tmp_path):
 
 
 def test_a_gpu_page_of_nothing_says_what_is_not_recorded(generate, tmp_path):
-    text = generate._gpu.page(tmp_path, "note")
+    text, files = generate._gpu.page(tmp_path, "note")
     assert text.count("Not recorded.") == len(generate._gpu.SECTIONS)
-    assert all(f"--out benchmarks/results/{file}.json" in text for file, *_ in generate._gpu.SECTIONS)
+    assert all(f"--out benchmarks/results/{file}.json" in text for file, *_ in generate._gpu.SECTIONS) and not files
 
 
 def test_ratios_stand_beside_their_bounds(generate, tmp_path):
@@ -372,7 +372,8 @@ def test_ratios_stand_beside_their_bounds(generate, tmp_path):
         },
     ]
     write_json(tmp_path / "packed_gpu.json", {"environment": gpu, "rows": packed})
-    text = generate._gpu.page(tmp_path, "note")
+    text, files = generate._gpu.page(tmp_path, "note")
+    assert "2.00× of 4.00×" in files["gpu-attention.svg"] and "(figures/gpu-attention.svg)" in text
     assert "| `h2o:budget=8192` | 0.250 | 2.00× | 2.00× | 4.00× | 1.000 | 0.200 |" in text
     assert "- `kivi:bits=2`: RuntimeError: it broke" in text
     assert "| `h2o graph` | 2.500 | 4.00× | 1.60× | 2.00× | 1.00 | 5.0 |" in text

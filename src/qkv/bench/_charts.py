@@ -33,7 +33,7 @@ COLOURS_CSS = Markup(f""":root {{ color-scheme: light dark; {LIGHT} }}
 @media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}""")
 """The colours, light and dark, as variables."""
 CHART_CSS = Markup(""".tick { fill: var(--soft); font-size: 11px; }
-.axis { fill: var(--ink); font-size: 12px; }
+.axis { fill: var(--ink); font-size: 12px; } .name { fill: var(--ink); font-size: 11px; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .full { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 3; }
 .frontier { fill: none; stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 4; }
@@ -42,12 +42,12 @@ CHART_CSS = Markup(""".tick { fill: var(--soft); font-size: 11px; }
 .line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; }
 .leader { stroke: currentColor; stroke-width: 1; opacity: .7; }
 .dot { fill: currentColor; }
+.bound { fill: var(--line); fill-opacity: .5; stroke: var(--soft); stroke-width: 1; }
 .badge { fill: currentColor; stroke: var(--page); stroke-width: 1; }
 .number { fill: var(--onc); font-size: 10px; font-weight: 700; }""")
 """What the classes of a chart look like."""
 ALONE_CSS = Markup("""text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-.page { fill: var(--page); } .title { fill: var(--ink); font-size: 13px; font-weight: 600; }
-.name { fill: var(--ink); font-size: 11px; }""")
+.page { fill: var(--page); } .title { fill: var(--ink); font-size: 13px; font-weight: 600; }""")
 
 
 @dataclass(frozen=True)
@@ -402,6 +402,26 @@ def alone(title: str, chart: Markup, names: Sequence[tuple[int, str]], height: i
 
 def _some(points: Sequence[Point]) -> Sequence[Point]:
     return points if len(points) <= 6 else [points[0], points[len(points) // 2], points[-1]]
+
+
+def bars(title: str, rows: Sequence[tuple[str, float, float | None]]) -> tuple[Markup, int]:
+    """Ratios as bars, each in the outline of its bound: (name, ratio, bound). The chart, and its height."""
+    left, high, top = 8, 34, 4
+    width, height = WIDTH - 2 * left, top + high * len(rows) + 20
+    most = max(max(value, bound or 0.0) for _, value, bound in rows)
+    one, out = left + width / most, list[Any]()
+    for i, (name, value, bound) in enumerate(rows):
+        y = top + high * i
+        says = f"{value:.2f}×" + ("" if bound is None else f" of {bound:.2f}×")
+        out.append(tag("text", name, class_="name", x=left, y=y + 12))
+        out.append(tag("text", says, class_="name", x=WIDTH - left, y=y + 12, text_anchor="end"))
+        if bound is not None:
+            out.append(tag("rect", class_="bound", x=left, y=y + 17, width=width * bound / most, height=11, rx=2))
+        out.append(tag("rect", class_="dot c1", x=left, y=y + 17, width=width * value / most, height=11, rx=2))
+        out.append(tag("line", class_="full", x1=one, x2=one, y1=y + 15, y2=y + 30))
+    out.append(tag("text", "1×", class_="tick", x=one, y=height - 4, text_anchor="middle"))
+    said = "; ".join(f"{n}: {v:.2f}" + ("" if b is None else f", bound {b:.2f}") for n, v, b in rows)
+    return _svg(title, said, *out, height=height), height
 
 
 def heat(
