@@ -106,6 +106,8 @@ def _command(file: str, data: Row) -> str:
         more = " --shapes " + " ".join(dict.fromkeys(f"{r['batch']}x{r['context']}" for r in rows))
         if data["model"]["num_hidden_layers"] != 8:
             more += f" --layers {data['model']['num_hidden_layers']}"
+    if file == "prefill_gpu":
+        more = " --shapes " + " ".join(dict.fromkeys(f"{r['batch']}x{r['context']}" for r in data["prompts"]))
     if file == "attention_gpu" and (data["batch"], data["context"]) != (16, 32768):
         more = f" --batch {data['batch']} --context {data['context']}"
     if file == "decode_cpu":
@@ -117,7 +119,8 @@ def _command(file: str, data: Row) -> str:
 def _notes(data: Row) -> list[str]:
     """What the file says of itself, and what was not run."""
     out = [prose(data["note"]), ""] if data.get("note") else []
-    missing = [str(x) for key in ("not run", "model not run", "peer") for x in data.get(key, ())]
+    every = [x for key in ("not run", "model not run", "peer") for x in data.get(key, ())]
+    missing = [", ".join(map(str, x)) if isinstance(x, list) else str(x) for x in every]
     return out + (["Not run:", "", *(f"- {cell(x)}" for x in missing), ""] if missing else [])
 
 
@@ -465,6 +468,47 @@ def _packed(data: Row) -> list[str]:
     return [*table(columns, lines, 2), ""]
 
 
+def _prefill(data: Row) -> list[str]:
+    out: list[str] = []
+    for b, n in dict.fromkeys((r["batch"], r["context"]) for r in data["prompts"]):
+        here = [r for r in data["prompts"] if (r["batch"], r["context"]) == (b, n)]
+        by = {r["what"]: r.get("seconds") for r in here}
+        rows = [
+            [
+                r["what"] if r["what"].startswith("transformers") else f"`{r['what']}`",
+                _ms(r.get("seconds")),
+                _over(by.get("transformers dynamic"), r.get("seconds")),
+                _over(by.get("full"), r.get("seconds")),
+                fixed(r.get("peak_gb"), ".2f"),
+            ]
+            for r in here
+        ]
+        columns = ("what", "seconds", "over dynamic", "over full", "peak beside the weights, GB")
+        out += [f"Batch {b}, {n} tokens", "", *table(columns, rows), "", *_errors(here, "what")]
+    rows = [
+        [
+            _shape(r["shape"], "BHGNMD"),
+            *(_ms(r[f"{k}_ms"]) for k in ("ours", "torch", "masses")),
+            _over(r["torch_ms"], r["ours_ms"]),
+            *(str(r[f"{k}_TFLOPs"]) for k in ("ours", "torch", "masses")),
+            f"{r['error']:.1e}",
+        ]
+        for r in data["kernels"]
+    ]
+    columns = (
+        "shape",
+        "ours, ms",
+        "torch flash, ms",
+        "column masses, ms",
+        "over torch",
+        "ours, TFLOP/s",
+        "torch, TFLOP/s",
+        "masses, TFLOP/s",
+        "error to float64",
+    )
+    return [*out, "The block kernels alone, causal, N queries at the end of M keys", "", *table(columns, rows), ""]
+
+
 SECTIONS: tuple[Section, ...] = (
     (
         "decode_gpu",
@@ -489,6 +533,14 @@ SECTIONS: tuple[Section, ...] = (
         "Sparse reads",
         "A sixteenth of the keys is chosen and read, nothing is evicted; choosing is inside the time.",
         _sparse,
+    ),
+    (
+        "prefill_gpu",
+        "Prompts",
+        "The time to the first token of each cache in a model of an 8B Llama's shape with few layers and random weights, the "
+        "prompt in pieces of 4096; what compresses does so inside this time. Evicting caches also need column masses of the "
+        "attention map, which a kernel of their own gives without the map.",
+        _prefill,
     ),
     (
         "packed_gpu",

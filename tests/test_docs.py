@@ -372,7 +372,20 @@ def test_ratios_stand_beside_their_bounds(generate, tmp_path):
         },
     ]
     write_json(tmp_path / "packed_gpu.json", {"environment": gpu, "rows": packed})
+    rates = {f"{k}_ms": 2.0 for k in ("ours", "torch", "masses")} | {
+        f"{k}_TFLOPs": 300 for k in ("ours", "torch", "masses")
+    }
+    prompts = [
+        {"what": what, "batch": 1, "context": 64, "seconds": seconds, "peak_gb": 1.0}
+        for what, seconds in (("transformers dynamic", 0.5), ("full", 0.4), ("h2o:budget=0.25", 0.8))
+    ]
+    alone = [{"shape": [1, 32, 8, 9, 9, 128], "error": 0.002} | rates]
+    write_json(
+        tmp_path / "prefill_gpu.json", gpu | {"kernels": alone, "prompts": prompts, "not run": [["8x8192", "zipcache"]]}
+    )
     text, files = generate._gpu.page(tmp_path, "note")
+    assert "| `h2o:budget=0.25` | 0.800 | 0.62× | 0.50× | 1.00 |" in text and "prefill_gpu.json --shapes 1x64" in text
+    assert "- 8x8192, zipcache" in text
     assert "2.00× of 4.00×" in files["gpu-attention.svg"] and "(figures/gpu-attention.svg)" in text
     assert "| `h2o:budget=8192` | 0.250 | 2.00× | 2.00× | 4.00× | 1.000 | 0.200 |" in text
     assert "- `kivi:bits=2`: RuntimeError: it broke" in text
