@@ -605,8 +605,5 @@ def test_workers_write_over_packed_blocks_nearly_what_they_write(model, layout) 
     assert 0 < gaps[0] < 0.05 * gaps[1]
     by_keys, _ = logits(bits=2, group=8, form="keys")
     by_queries, _ = logits(bits=2, group=8)
-    gap = (by_keys - by_queries).abs()
-    assert float(gap[:5].max()) < 1e-5
-    assert (
-        float(gap.max()) < 1e-3 * gaps[1]
-    )  # where rounding meets half a step, a code that is written later may differ
+    # Where rounding meets half a step, a code of a later layer may differ.
+    assert float((by_keys - by_queries).abs().max()) < 1e-3 * gaps[1]
