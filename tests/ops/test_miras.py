@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import qkv
 from qkv.core.errors import InvalidParameter
-from qkv.ops.miras import Rule, memora, moneta, retained, slope, yaad
+from qkv.ops import miras
+from qkv.ops.miras import Rule, faded, memora, moneta, retained, slope, yaad
 from qkv.testing import close
 
 B, H, N, D, E = 2, 2, 23, 5, 4
@@ -120,3 +121,34 @@ def test_bad_settings_are_refused() -> None:
     for setting in ("loss_power=0.5", "norm_power=1.5", "chunk_size=0", "loss=l3"):
         with pytest.raises(InvalidParameter, match=setting.split("=")[0]):
             qkv.method(f"miras:{setting}")
+
+
+@pytest.mark.parametrize("c", [1, 4, 5, 7, 16, 33])
+@pytest.mark.parametrize("wide", [True, False])
+def test_decays_by_halves_are_those_written_out(c: int, wide: bool) -> None:
+    rng = torch.Generator().manual_seed(0)
+    draw = lambda *s: torch.randn(*s, generator=rng, dtype=torch.float64)  # noqa: E731
+    scores, u = draw(B, H, c, c), draw(B, H, c, E)
+    decay = -20 * draw(B, H, c, E if wide else 1).abs()
+    decay[:, :, ::3] = 0.0  # strong decays next to none
+    total = decay.cumsum(2)
+    want = torch.zeros_like(u)
+    for t in range(c):
+        for i in range(t + 1):
+            want[:, :, t] += scores[:, :, t, i, None] * decay[:, :, i + 1 : t + 1].sum(2).exp() * u[:, :, i]
+    close(faded(scores, u, total), want, rtol=1e-9)
+
+
+def test_a_border_in_the_wrong_place_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: halves that meet with the decay of one token too few."""
+
+    def wrong(scores: torch.Tensor, u: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        moved = torch.cat((total[..., :1, :], total[..., :-1, :]), -2)
+        return faded(scores, u, moved)
+
+    (q, k, v), gates = _draw()
+    want = yaad(chunk_size=16)(q, k, v, form="reference", **gates)
+    close(yaad(chunk_size=16)(q, k, v, **gates), want, rtol=1e-9)
+    monkeypatch.setattr(miras, "faded", wrong)
+    with pytest.raises(AssertionError):
+        close(yaad(chunk_size=16)(q, k, v, **gates), want, rtol=1e-9)

@@ -37,6 +37,8 @@ from qkv.core.spec import Extra, Learnt, Limit, param
 from qkv.core.state import State
 from qkv.ops._common.states import after, per_head, wide
 
+WRITTEN = 4  # tokens whose mutual decays are written out
+TOGETHER = 1 << 22  # entries of memories that are read at once
 Loss = Literal["dot", "l2", "lp", "huber"]
 Retention = Literal["decay", "norm", "softmax"]
 
@@ -79,7 +81,7 @@ def fast(
     loss: Loss = "huber", retention: Retention = "decay", loss_power: float = 3.0, norm_power: float = 4.0,
     half: bool = False, huber: str = "vector", retain_first: bool = False, chunk_size: int = 16,
 ) -> Any:  # fmt: skip
-    """The same map, one chunk at a time: its gradients are matmuls, its decays one masked product; shapes as in `reference`."""
+    """The same map: from chunk to chunk only the gradients at its start and A at its end; shapes as in `reference`."""
     chosen, size = Rule(loss, retention, loss_power, norm_power, half, huber, retain_first, chunk_size), chunk_size
     dtype, (b, _, n, _) = q.dtype, q.shape
     q, k, v, gates = _inputs(q, k, v, log_decay, eta, delta, normalise)
@@ -89,17 +91,24 @@ def fast(
     length = -(-length // size) * size
     place = m.count[:, None] + real.cumsum(1) - 1  # slot of each token: chunks are aligned over the rows
     place = place.masked_fill(~real, length)
-    slots = [_placed(x, place, length).unflatten(2, (-1, size)).unbind(2) for x in (q, k, v, *gates)]
-    total = m.count + real.sum(1)  # slots filled at the end, [B]
-    outs = []
-    for j, parts in enumerate(zip(*slots, strict=True)):
-        out, state = _chunk(parts, m.state, m.frozen, chosen)
-        whole = (total >= (j + 1) * size)[:, None, None, None]
+    slots = [_placed(x, place, length).unflatten(2, (-1, size)) for x in (q, k, v, *gates)]  # [B, H, J, C, .]
+    queries, keys, _, decays, rates, _ = slots
+    total = decays.cumsum(3)
+    left = rates * (total[:, :, :, -1:] - total).clamp(max=0.0).exp()  # of each gradient, at the end of its chunk
+    kept = total[:, :, :, -1].exp().unsqueeze(-1)
+    filled = m.count + real.sum(1)  # slots at the end, [B]
+    starts, slopes = [], []
+    parts = zip(*(x.unbind(2) for x in (*slots[1:4], slots[5], left, kept)), strict=True)
+    for j, (key, value, decay, bound, share, keep) in enumerate(parts):
+        slopes.append(slope(key @ m.frozen.mT, value, decay, bound, chosen))
+        starts.append(m.state)
+        state = keep * m.state - (share * slopes[-1]).mT @ key
+        whole = (filled >= (j + 1) * size)[:, None, None, None]
         m = Memory(*_ended(state, m.frozen, whole, chosen), m.count)
-        outs.append(out)
+    out = _read(queries, keys, -rates * torch.stack(slopes, 2), total, torch.stack(starts, 2), chosen).flatten(2, 3)
     index = place.clamp(max=length - 1)[:, None, :, None].expand(-1, q.shape[1], -1, v.shape[-1])
-    out = torch.cat(outs, 2).gather(2, index).to(dtype)
-    end = m._replace(count=total % size)
+    out = out.gather(2, index).to(dtype)
+    end = m._replace(count=filled % size)
     return (out, after("miras", initial_state, n, **end._asdict())) if return_state else out
 
 
@@ -157,25 +166,48 @@ def _token(inputs: Sequence[Tensor], m: Memory, real: Tensor | None, rule: Rule)
     if real is not None:
         state = torch.where(real[:, None, None, None], state, m.state)
         count = torch.where(real, count, m.count)
-    out = (retained(state, rule) @ q.unsqueeze(-1)).squeeze(-1)
+    out = _answered(state, q, rule)
     whole = (count == rule.chunk_size)[:, None, None, None]
     return out, Memory(*_ended(state, m.frozen, whole, rule), count % rule.chunk_size)
 
 
-def _chunk(inputs: Sequence[Tensor], state: Tensor, frozen: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """A chunk of q, k, v, log_decay, eta, delta ``[B, H, C, .]``: its outputs ``[B, H, C, E]`` and A after it."""
-    q, k, v, log_decay, eta, delta = inputs
-    u = -eta * slope(k @ frozen.mT, v, log_decay, delta, rule)  # [B, H, C, E]
-    total = log_decay.cumsum(2)
-    fade = (total.unsqueeze(3) - total.unsqueeze(2)).clamp(max=0.0).exp()  # [B, H, C, C, 1 | E]
-    ages = torch.ones(q.shape[2], q.shape[2], dtype=q.dtype, device=q.device).tril()
-    added = fade * ages[..., None] * u.unsqueeze(2)  # what token i adds to row e of A_t, [B, H, t, i, E]
-    into = total.exp()
+def _read(q: Tensor, k: Tensor, u: Tensor, total: Tensor, starts: Tensor, rule: Rule) -> Tensor:
+    """What queries read of chunks ``[B, H, J, C, .]`` that begin with A `starts` ``[B, H, J, E, D]``: ``[B, H, J, C, E]``.
+
+    u: what each token adds, as soon as it does; total: log-decay from the beginning of the chunk to each token.
+    """
     if rule.retention == "decay":
-        out = into * (q @ state.mT) + ((q @ k.mT).unsqueeze(-1) * added).sum(3)
-        return out, into[:, :, -1].unsqueeze(-1) * state + added[:, :, -1].mT @ k
-    every = into.unsqueeze(-1) * state.unsqueeze(2) + added.mT @ k.unsqueeze(2)  # A_t, [B, H, C, E, D]
-    return (retained(every, rule) @ q.unsqueeze(-1)).squeeze(-1), every[:, :, -1]
+        return total.exp() * (q @ starts.mT) + faded(q @ k.mT, u, total)
+    (b, h, _, c, d), e = q.shape, u.shape[-1]
+    ages = torch.ones(c, c, dtype=torch.bool, device=q.device).tril()[..., None]
+    together, outs = max(1, TOGETHER // (b * h * c * e * max(c, d))), []
+    for q_, k_, u_, total_, start in zip(*(x.split(together, 2) for x in (q, k, u, total, starts)), strict=True):
+        fade = (total_.unsqueeze(4) - total_.unsqueeze(3)).clamp(max=0.0).exp() * ages  # [B, H, J, t, i, 1 | E]
+        added = (fade * u_.unsqueeze(3)).mT.flatten(3, 4) @ k_  # [B, H, J, C E, D]
+        every = added.unflatten(3, (c, e)) + total_.exp().unsqueeze(-1) * start.unsqueeze(3)  # A_t
+        outs.append(_answered(every, q_, rule))
+    return torch.cat(outs, 2)
+
+
+def faded(scores: Tensor, u: Tensor, total: Tensor) -> Tensor:
+    """sum_{i <= t} scores_ti exp(total_t - total_i) u_i, by halves: all exponents are of decays, so none overflows.
+
+    scores ``[..., C, C]``, u ``[..., C, E]``, total ``[..., C, 1 | E]``, falling.
+    """
+    c = u.shape[-2]
+    if c <= WRITTEN:
+        ages = torch.ones(c, c, dtype=torch.bool, device=u.device).tril()[..., None]
+        fade = (total.unsqueeze(-2) - total.unsqueeze(-3)).clamp(max=0.0).exp() * ages  # [..., t, i, 1 | E]
+        return (scores.unsqueeze(-1) * fade * u.unsqueeze(-3)).sum(-2)
+    at = (c + 1) // 2
+    (early, late), (first, second), border = (
+        u.split((at, c - at), -2),
+        total.split((at, c - at), -2),
+        total[..., at - 1 : at, :],
+    )
+    past = scores[..., at:, :at] @ ((border - first).exp() * early)
+    old = faded(scores[..., :at, :at], early, first)
+    return torch.cat((old, faded(scores[..., at:, at:], late, second) + (second - border).exp() * past), -2)
 
 
 def slope(prediction: Tensor, v: Tensor, log_decay: Tensor, delta: Tensor, rule: Rule) -> Tensor:
@@ -195,13 +227,23 @@ def retained(state: Tensor, rule: Rule) -> Tensor:
     """phi: the memory of A ``[..., E, D]``."""
     if rule.retention == "softmax":
         return state.softmax(-1)
+    return state / _divisor(state, rule) if rule.retention == "norm" else state
+
+
+def _answered(state: Tensor, q: Tensor, rule: Rule) -> Tensor:
+    """What queries ``[..., D]`` read of phi of A ``[..., E, D]``: ``[..., E]``; a norm divides what was read."""
     if rule.retention == "norm":
-        top = state.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1e-30)
-        size = (state / top).abs().pow(rule.norm_power).sum((-2, -1), keepdim=True).clamp(min=1.0) ** (
-            1 / rule.norm_power
-        )
-        return state / (top * size).clamp(min=1e-6) ** (rule.norm_power - 2)
-    return state
+        return (state @ q.unsqueeze(-1) / _divisor(state, rule)).squeeze(-1)
+    return (retained(state, rule) @ q.unsqueeze(-1)).squeeze(-1)
+
+
+def _divisor(state: Tensor, rule: Rule) -> Tensor:
+    """max(|A|_q, 1e-6)^(q - 2) of A ``[..., E, D]``: ``[..., 1, 1]``."""
+    top = torch.linalg.vector_norm(state.detach(), torch.inf, (-2, -1), keepdim=True).clamp(min=1e-30)
+    x, power = state / top, rule.norm_power
+    raised = x.square().square() if power == 4 else x.abs().pow(power)  # a general power is ten times as slow
+    size = raised.sum((-2, -1), keepdim=True).clamp(min=1.0) ** (1 / power)
+    return (top * size).clamp(min=1e-6) ** (power - 2)
 
 
 def _ended(state: Tensor, frozen: Tensor, whole: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:

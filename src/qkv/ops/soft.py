@@ -11,8 +11,8 @@ convolution of s^(1/2) q (divide by s^(1/2) before passing it on), and add a dep
 Newton: X_0 = a A', X <- 2 X - X A' X, a = 1.8 / (largest row sum of A)^2, A' = A + ridge I; backward in closed form,
 dA = -X^T dX X^T. Landmarks that nearly coincide need more iterations than 20; `newton_residual` tells. The published code leaves
 the ridge out where it normalises; here both have it. Kernels, inverse and products run in float32 under autocast too: rounded
-to bfloat16, near-equal landmarks turn into errors of 10 to 60 % of the output (0.3 % as it is). ``normalise="symmetric"`` slows the growth of the map's norm with N.
-`gaussian_attention` is the exact map, `qkv.layers._soft.SoftAttention` the published block.
+to bfloat16, near-equal landmarks turn into errors of 10 to 60 % of the output (0.3 % as it is). ``normalise="symmetric"`` slows
+the growth of the map's norm with N. `gaussian_attention` is the exact map, `qkv.layers._soft.SoftAttention` the published block.
 
 Landmarks averaged from the keys see every key: without `landmarks` given there is no causal form. Given, it is a recurrence
 (our completion). State: `state` P_k^T V ``[B, H, m, E]``.
