@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qkv.bench.environment import read_json, storage, write_json
+from qkv.bench.environment import read_json, write_json
 from qkv.bench.packages import (
     Package,
     cache_dir,
@@ -30,10 +30,10 @@ from qkv.bench.packages import (
     need_space,
     preparing,
     say,
-    sha256_of,
     unpack,
 )
 from qkv.core.errors import AssetError, InvalidInput, InvalidParameter, MissingDependency, StorageError, UnknownName
+from qkv.core.files import sha256_of, storage
 from qkv.core.spec import near
 
 if TYPE_CHECKING:

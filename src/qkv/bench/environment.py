@@ -15,7 +15,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -26,7 +25,8 @@ from typing import Any
 import torch
 
 import qkv
-from qkv.core.errors import InvalidInput, SavedDataError, StorageError
+from qkv.core.errors import InvalidInput, SavedDataError
+from qkv.core.files import storage, sync_folder, write_whole
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -118,41 +118,9 @@ def _git(root: Path, *arguments: str) -> str:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def storage(path: str | Path, doing: str = "write") -> Iterator[None]:
-    """Turn an `OSError` of the block into a `StorageError` that names `path`, the cause and what was kept."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as e:
-        cause = e.strerror or str(e)
-        raise StorageError(f"cannot {doing} {path}: {cause}; what was there before is untouched. Free some space, or "
-                           "choose a folder that can be written") from e  # fmt: skip
-
-
 def write_text(path: str | Path, text: str) -> Path:
-    """Write `text` (UTF-8) so that `path` holds either all of it or what it held before. Makes missing folders.
-
-    Raises `StorageError` when the disk is full or the place cannot be written; no temporary file stays.
-    """
-    path = Path(path)
-    with storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        try:
-            with open(number, "wb") as file:
-                file.write(text.encode("utf-8"))
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
-        _sync_folder(path.parent)
-    return path
+    """Write `text` (UTF-8) so that `path` holds either all of it or what it held before; see `qkv.core.files`."""
+    return write_whole(path, text)
 
 
 def write_json(path: str | Path, obj: Any) -> Path:
@@ -193,7 +161,7 @@ def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
                 file.truncate(size)
                 raise
         if new:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -269,22 +237,6 @@ def _locked(number: int) -> Iterator[None]:
         yield
     finally:
         fcntl.flock(number, fcntl.LOCK_UN)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in `folder` last through a power cut, where the system allows it."""
-    with suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def plain(value: Any) -> Any:

@@ -10,18 +10,18 @@ import json
 import os
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from qkv.bench.environment import plain, read_json, read_jsonl, storage, write_json
+from qkv.bench.environment import plain, read_json, read_jsonl, write_json
 from qkv.core.errors import InvalidInput, SavedDataError
+from qkv.core.files import storage, write_whole
 
 
 class RunFolder:
@@ -110,19 +110,7 @@ class RunFolder:
         from safetensors.torch import save
 
         path = self.path / "reference" / f"{name}.safetensors"
-        with storage(path):
-            path.parent.mkdir(exist_ok=True)
-            number, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-            try:
-                with open(number, "wb") as file:
-                    file.write(save({k: v.contiguous() for k, v in tensors.items()}))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(temporary)
-                raise
+        write_whole(path, save({k: v.contiguous() for k, v in tensors.items()}))
 
 
 def _differences(old: Any, new: Any, at: str = "") -> Iterator[str]:

@@ -7,7 +7,6 @@ folder of its own that is renamed at the end, and what a killed process left is 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 import os
@@ -25,8 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qkv.bench.environment import storage
 from qkv.core.errors import AssetError, MissingDependency, StorageError
+from qkv.core.files import sha256_of, storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,15 +201,6 @@ def differs(path: Path, size: int, digest: str) -> str | None:
         return f"has the SHA-256 {found[:16]}... instead of {digest[:16]}..."
     _known_good[str(path)] = mark
     return None
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    h = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            h.update(block)
-    return h.hexdigest()
 
 
 def need_space(folder: Path, need: int) -> None:

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qkv.core.errors import InvalidParameter, SavedDataError, StorageError
+from qkv.core.errors import InvalidParameter, SavedDataError
+from qkv.core.files import write_whole
 
 FORMAT = 1
 
@@ -36,21 +35,7 @@ class Channels:
 
     def save(self, path: str | Path) -> Path:
         """Write the file, whole or not at all. Raises `StorageError`."""
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    json.dump({"format": FORMAT} | asdict(self), file)
-                os.replace(scratch, path)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(scratch)
-                raise
-        except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-        return path
+        return write_whole(path, json.dumps({"format": FORMAT} | asdict(self)))
 
 
 def load(path: str) -> Channels:

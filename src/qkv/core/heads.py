@@ -9,12 +9,9 @@ Axes: L layers, H heads of a layer.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
@@ -23,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qkv.core.errors import InvalidInput, InvalidParameter, MissingDependency, SavedDataError, StorageError
+from qkv.core.files import write_whole
 
 Head = tuple[int, int]
 _WRITTEN = re.compile(r"L?(\d+)[.:H](\d+)")
@@ -357,31 +355,11 @@ def _typed(data: Any, kind: str) -> dict[str, Any]:
 
 def write_json(path: str | Path, data: Any) -> Path:
     """Plain data as JSON: `path` holds all of it, or what it held before. Raises `StorageError`, `InvalidInput`."""
-    path = Path(path)
     try:
         text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise InvalidInput(f"records and notes must be plain data without NaN: {error}") from error
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        number, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with open(number, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            with suppress(OSError):
-                os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise StorageError(
-                f"cannot write {path}: {error.strerror or error}; what was there is untouched"
-            ) from error
-        raise
-    return path
+    return write_whole(path, text)
 
 
 def read_json(path: str | Path) -> Any:

@@ -8,7 +8,6 @@ student/                    the result, for from_pretrained (converted: qkv.load
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 
 import qkv
 from qkv.core.errors import SavedDataError, StorageError, TrainingError
+from qkv.core.files import sha256_of, write_whole
 
 FORMAT = 1
 MANIFEST = "qkv.json"
@@ -26,17 +26,7 @@ MANIFEST = "qkv.json"
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON file at once: it holds the whole of `data`, or what it held before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as f:
-            json.dump(data, f, indent=1, sort_keys=True)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path} could not be written ({error}); free some space or choose another place") from error
+    write_whole(path, json.dumps(data, indent=1, sort_keys=True))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,15 +70,7 @@ def _short(value: Any) -> str:
 def contents(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and checksum of every file of a folder but its manifest."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha(p)} for p in files}
-
-
-def _sha(path: Path) -> str:
-    h = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            h.update(block)
-    return h.hexdigest()
+    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -139,7 +121,7 @@ def verified(checkpoint: Path) -> dict[str, Any]:
         path = checkpoint / name
         if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
             raise SavedDataError(f"{checkpoint / MANIFEST} names {name!r}, outside its folder: refused")
-        if not path.is_file() or path.stat().st_size != facts.get("bytes") or _sha(path) != facts.get("sha256"):
+        if not path.is_file() or path.stat().st_size != facts.get("bytes") or sha256_of(path) != facts.get("sha256"):
             raise SavedDataError(f"{path} is missing or damaged; delete {checkpoint} to resume from an earlier one")
     missing = {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"} - set(files)
     if missing:
@@ -172,14 +154,7 @@ class Records:
     def rewind(self, step: int) -> None:
         """Forget the records after `step`, which a resumed run will write again; a half-written last line goes too."""
         kept = [json.dumps(r) + "\n" for r in self.read() if r["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, self.path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise StorageError(f"{self.path} could not be written ({error}); free some space and resume") from error
+        write_whole(self.path, "".join(kept))
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole record."""
