@@ -21,9 +21,9 @@ of each chunk, in the type of dot products, and the pass of dk multiplies it by 
 
 With a decay per channel, W sits on the channels that o and dv sum over (kernel `_scan_sum`, the map is made first by `_map`) or
 on the channels of dq and dk (`_scan_each`, what tokens of a chunk owe one another comes first from `_owed`). Inside a chunk all
-pairs go through the middle token, W_ij = exp(G_i - G_m) exp(G_m - G_j), one dot product, while no such exponent exceeds
-`REACH`. Where the decay is stronger, the later half of a block reads the earlier half through its own first row, and so on by
-halves down to single tokens: every exponent is <= 0 however strong the decay, and all work is still dot products. When there are
+pairs go through its start, W_ij = exp(G_i) exp(-G_j), one dot product, while the chunk decays by no more than `REACH` in all.
+Where the decay is stronger, the later half of a block reads the earlier half through its own first row, and so on by halves down
+to single tokens: every exponent is <= 0 however strong the decay, and all work is still dot products. When there are
 too few heads to fill the device, the sequence is cut into segments: their states alone are summed first, then every segment
 starts from the right one.
 
@@ -53,16 +53,16 @@ from qkv.core.errors import InvalidInput, Refused
 
 WIDEST = 256
 CHUNK = 64
-REACH = tl.constexpr(40.0)  # exp(80), of pairs that are dropped, times what it multiplies is still far from overflow
+REACH = tl.constexpr(60.0)  # exp(60) times what it multiplies is far from overflow, exp(-60) from what float32 drops
 # Launch settings: `tile` channels of the output per program, `warps`, `stages` of load pipelining; `fill`: programs wanted per
 # multiprocessor where a sequence is cut into segments, which it is when there are too few heads to give each of them one.
 # benchmarks/linear_gpu.py --tune tries others.
 LAUNCH: dict[str, dict[str, int]] = {
-    "scan": {"tile": 64, "warps": 8, "stages": 2, "fill": 1},
-    "sum": {"tile": 64, "warps": 8, "stages": 1, "fill": 1},
-    "each": {"tile": 64, "warps": 8, "stages": 2, "fill": 1},
-    "map": {"tile": 32, "warps": 8, "stages": 1},
-    "owed": {"tile": 32, "warps": 8, "stages": 1},
+    "scan": {"tile": 64, "warps": 8, "stages": 2, "fill": 4},
+    "sum": {"tile": 64, "warps": 8, "stages": 1, "fill": 4},
+    "each": {"tile": 64, "warps": 8, "stages": 2, "fill": 4},
+    "map": {"tile": 32, "warps": 4, "stages": 1},
+    "owed": {"tile": 64, "warps": 4, "stages": 1},
     "prefix": {"tile": 64, "warps": 4, "stages": 1},
 }
 
@@ -234,9 +234,9 @@ def _below(i, j, HALF: tl.constexpr):
 
 
 @triton.jit
-def _reach(total, middle, d, DW):
-    """The largest exponent, either way, between a token of the chunk and its middle one."""
-    return tl.max(tl.max(tl.where((d < DW)[None, :], tl.abs(total - middle[None, :]), 0.0), 1), 0)
+def _reach(total, d, DW):
+    """How much the chunk decays in all, in the channel that decays most."""
+    return -tl.min(tl.min(tl.where((d < DW)[None, :], total, 0.0), 1), 0)
 
 
 @triton.jit(do_not_specialize=["H", "N", "room", "k_r"])
@@ -262,10 +262,9 @@ def _map(
         kt = _tile(k_ptr, j, d[:, None], k_n, rows, DW).to(tl.float32)
         total = _tile(total_ptr, i, d[None, :], DW, C, DW)
         total_t = _tile(total_ptr, j, d[:, None], DW, C, DW)
-        middle = tl.load(total_ptr + (C // 2) * DW + d, mask=d < DW, other=0.0)
         own += tl.sum(q * k, 1)
-        if _reach(total, middle, d, DW) < REACH:
-            late, early = q * tl.exp(total - middle[None, :]), kt * tl.exp(middle[:, None] - total_t)
+        if _reach(total, d, DW) < REACH:
+            late, early = q * tl.exp(total), kt * tl.exp(-total_t)
             out += tl.where(i > j, tl.dot(late.to(DT), early.to(DT), input_precision=PRECISION), 0.0)
         else:
             for level in tl.static_range(LEVELS):
@@ -397,9 +396,8 @@ def _owed(
     k = _tile(k_ptr, i, d[None, :], k_n, rows, DW).to(tl.float32)
     total = _tile(total_ptr, i, d[None, :], DW, C, DW)
     dq, dk, slope = tl.zeros((C, Z), tl.float32), tl.zeros((C, Z), tl.float32), tl.zeros((C, Z), tl.float32)
-    middle = tl.load(total_ptr + (C // 2) * DW + d, mask=d < DW, other=0.0)
-    if _reach(total, middle, d, DW) < REACH:
-        late, early = tl.exp(total - middle[None, :]), tl.exp(middle[None, :] - total)
+    if _reach(total, d, DW) < REACH:
+        late, early = tl.exp(total), tl.exp(-total)
         a, a_t = tl.where(i > j, owed, 0.0).to(DT), tl.where(j > i, owed_t, 0.0).to(DT)
         dq, dk, slope = _shares(q, k, late, early, a, a_t, DT, PRECISION)
     else:
@@ -578,14 +576,14 @@ def _arithmetic(dtype: torch.dtype) -> tuple[Any, str]:
 
 
 def _wide(width: int) -> int:
-    """Channels of a tile that holds `width`. At least 32, the narrowest that has run on a GPU (docs/lab.md)."""
+    """Channels of a tile that holds `width`; at least 32: narrower ones read past their shared memory on Triton 3.6 (lab log)."""
     return max(32, triton.next_power_of_2(width))
 
 
 def _settings(name: str, dtype: torch.dtype, width: int) -> dict[str, int]:
-    """Launch settings; operands of 32 bits and wide heads take smaller tiles, so that they fit shared memory."""
+    """Launch settings; operands of 32 bits, wide heads (shared memory) and narrow ones (`_wide`) take tiles of 32, 8 warps."""
     made = LAUNCH[name]
-    if dtype == torch.bfloat16 and width <= 128:
+    if dtype == torch.bfloat16 and 32 < width <= 128:
         return made
     return made | {"tile": min(made["tile"], 32), "stages": 1, "warps": 8}
 
