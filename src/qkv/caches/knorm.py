@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from qkv.core.cache import NO_LIMIT, CacheSpec, Policy, View
+from qkv.core.cache import NO_LIMIT, CacheSpec, Policy, View, require
 from qkv.core.spec import Limit, budget_param, param
 
 
@@ -51,6 +51,13 @@ class KNorm(Policy):
     decode: Literal["evict", "grow"] = param(
         "evict", "every step evicts, or decoded tokens are appended until the next block"
     )
+
+    def validate(self) -> None:
+        """The newest tokens leave room."""
+        require(
+            isinstance(self.budget, float) or self.budget > self.recent,
+            f"{self.id}: budget={self.budget} leaves nothing beside recent={self.recent}; raise the budget or lower recent",
+        )
 
     def lag(self) -> int:
         """Decoded tokens stay, or not."""

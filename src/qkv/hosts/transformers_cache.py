@@ -31,6 +31,7 @@ class QKVLayer(DynamicLayer):
         self.running = Running()
         self.decoded: Tensor | None = None  # [B, n] ids of the newest tokens, where they will be run again
         self.record_past = False
+        self.awaited = False  # a model that carries its session is about to fill it
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -39,6 +40,13 @@ class QKVLayer(DynamicLayer):
         if pending is not None:
             handoff.pending = None
             raise StateError(pending[0].lost())
+        if not self.awaited:
+            raise StateError(
+                f"{self.state.site.name}: this cache was made for a model that carries qkv's methods, and was given to one that "
+                "carries none (another model, or after qkv.revert); apply the methods again and start a fresh cache (leave "
+                "past_key_values out)"
+            )
+        self.awaited = False
         handoff.pending = (self, key_states)
         return key_states, value_states
 

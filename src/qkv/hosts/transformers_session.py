@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 from qkv.caches._stores.dense import DenseCache
 from qkv.core.cache import Board
-from qkv.core.errors import NotApplied, Refused, StateError
+from qkv.core.errors import InvalidInput, NotApplied, Refused, StateError
 from qkv.core.site import Site
 from qkv.hosts.stack import Entry, SiteState
 from qkv.hosts.transformers_attention import ATTRIBUTE, NAME, register
@@ -113,11 +113,13 @@ class Session:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         handoff.pending = None  # what a forward that failed half way has left
         names = list(inspect.signature(module.forward).parameters)
+        _refuse_nothing(names, args, kwargs)
         at = names.index("past_key_values") if "past_key_values" in names else None
         positional = at is not None and at < len(args)
         cache = args[at] if positional else kwargs.get("past_key_values")  # type: ignore[index]
         if cache is not None:
             self.adopt(cache)
+            _expect(cache)
             return None
         use = kwargs.get("use_cache")
         checkpointing = getattr(module, "gradient_checkpointing", False) and module.training
@@ -128,6 +130,7 @@ class Session:
         else:
             cache = DynamicCache(config=cast(Any, module.config))
         self.adopt(cache)
+        _expect(cache)
         if positional:
             args = (*args[:at], cache, *args[at + 1 :])  # type: ignore[misc,operator]
         else:
@@ -228,6 +231,26 @@ class Session:
         for name, value in self.__dict__.items():
             twin.__dict__[name] = None if name == "_positions" else copy.deepcopy(value, memo)
         return twin
+
+
+def _expect(cache: Any) -> None:
+    """A forward pass of a model with a session is about to fill its own layers: any other filling is a mistake."""
+    held = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    for layer in getattr(held, "layers", ()):
+        if isinstance(layer, QKVLayer):
+            layer.awaited = True
+
+
+def _refuse_nothing(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise `InvalidInput` for a batch without rows or tokens, before a layer stumbles over its shape."""
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids"):
+        x = kwargs.get(name)
+        if x is None and name in names and names.index(name) < len(args):
+            x = args[names.index(name)]
+        if isinstance(x, Tensor) and x.ndim >= 2 and 0 in x.shape[:2]:
+            raise InvalidInput(
+                f"{name} of shape {tuple(x.shape)} hold nothing to attend to; give at least one row of at least one token"
+            )
 
 
 def _prepare_cache(
