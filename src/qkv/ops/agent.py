@@ -38,8 +38,8 @@ from qkv.core.state import State
 from qkv.ops._common.decayed import decayed_linear_attention
 from qkv.ops._common.pooling import summaries
 from qkv.ops._common.states import after, per_head, wide
+from qkv.ops._common.sums import EMPTY, softmax_weights
 
-EMPTY = -1e30  # the logit of no token at all
 SLOWEST = -100.0  # a decay below e^-100 leaves nothing
 
 Grid = Sequence[int] | None
@@ -137,7 +137,7 @@ def fast(
     every = torch.cat([lse.unsqueeze(2), logits], 2).logcumsumexp(2)  # [B, H, 1 + N, n]
     before, lse = every[:, :, :-1], every[:, :, 1:]
     decay = (before - lse).clamp(SLOWEST, 0.0).masked_fill(before <= EMPTY / 2, 0.0)  # nothing was there: nothing fades
-    keys = _weights(logits, lse)
+    keys = softmax_weights(logits, lse)
     out, held, _ = decayed_linear_attention(
         read, keys, v.to(a), log_decay=decay, state=held, chunk_size=chunk_size, sub_chunk=sub_chunk
     )
@@ -172,7 +172,7 @@ def step(
         logits = logits.masked_fill(~padding[:, None, :, None], EMPTY)
     new = torch.logaddexp(lse.unsqueeze(2), logits).clamp(min=EMPTY)
     keep = (lse.unsqueeze(2) - new).clamp(max=0.0).exp()
-    held = keep.mT * held + _weights(logits, new).mT * v.to(a)
+    held = keep.mT * held + softmax_weights(logits, new).mT * v.to(a)
     return (read @ held).to(dtype) + _shortcut(q, v, value_shortcut), after(
         "agent", state, 1, values=held, lse=new[:, :, 0]
     )
@@ -287,20 +287,11 @@ def _memory(q: Tensor, v: Tensor, n: int, state: State | None) -> tuple[Tensor, 
     return state["values"], state["lse"]
 
 
-def _weights(logits: Tensor, lse: Tensor) -> Tensor:
-    """exp(logit - lse), 0 for a logit that is no token."""
-    return (logits - lse).clamp(max=0.0).exp().masked_fill(logits <= EMPTY / 2, 0.0)
-
-
 def _settings(place: Place) -> dict[str, Any]:
     """On a grid: agents of the published number, or as many as its smaller side allows."""
     if place.grid is None:
         return {}
     return {"grid": place.grid, "num_agents": min(7, max(1, min(place.grid) - 1)) ** 2}
-
-
-def _normal(*shape: int, **kw: Any) -> Tensor:
-    return torch.randn(shape, **kw)
 
 
 def _fixed(place: Place) -> Tensor:
@@ -338,15 +329,15 @@ class Agent(Operator):
         step=step,
         extras={
             "agents": Extra(
-                axes="hsd|bhsd", sample=_normal, required=False,
+                axes="hsd|bhsd", sample=torch.randn, required=False,
                 doc="the agents; without them queries are averaged, which is bidirectional: causal=False",
                 learnt=Learnt(axes="hsd", start=_fixed),
             ),
             "bias_keys": Extra(
-                axes="hsm", sample=_normal, role="parameter", required=False, doc="B1, added where agents read keys"
+                axes="hsm", sample=torch.randn, role="parameter", required=False, doc="B1, added where agents read keys"
             ),
             "bias_queries": Extra(
-                axes="hns", sample=_normal, role="parameter", required=False, doc="B2, added where queries read agents"
+                axes="hns", sample=torch.randn, role="parameter", required=False, doc="B2, added where queries read agents"
             ),
         },
         wiring=Wiring(settings=_settings),

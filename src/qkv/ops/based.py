@@ -30,6 +30,7 @@ from qkv.core.spec import param
 from qkv.core.state import State
 from qkv.ops._common.decayed import core_limit, decayed_linear_attention, too_wide
 from qkv.ops._common.states import after, per_head, wide
+from qkv.ops._common.sums import in_chunks, without_padding
 
 
 def reference(
@@ -48,7 +49,7 @@ def reference(
     out = (weights @ v + features @ state.to(q.dtype)) / total.masked_fill(total == 0, 1.0)
     if not return_state:
         return out
-    phi = _real(key_features(k.to(wide(q)), order), padding)
+    phi = without_padding(key_features(k.to(wide(q)), order), padding)
     return out, after("based", initial_state, q.shape[2], state=state + phi.mT @ v.to(phi), keys=keys + phi.sum(2))
 
 
@@ -66,7 +67,7 @@ def loop(
         if order == 2:
             upper = torch.ones(key.shape[-1], key.shape[-1], dtype=torch.bool, device=q.device).triu()
             phi = torch.cat([phi, torch.einsum("bhx,bhy->bhxy", key, key)[..., upper]], -1)
-        phi = _real(phi.unsqueeze(2), None if padding is None else padding[:, t : t + 1]).squeeze(2)
+        phi = without_padding(phi.unsqueeze(2), None if padding is None else padding[:, t : t + 1]).squeeze(2)
         state, keys = state + phi.unsqueeze(-1) * value.unsqueeze(-2), keys + phi
         read = torch.cat([torch.ones_like(query[..., :1]), scale * query], -1)
         if order == 2:
@@ -85,8 +86,8 @@ def fast(
     dtype, n = q.dtype, q.shape[2]
     q, k, v = (x.to(wide(x)) for x in (q, *per_head(q, k, v)))
     state, keys = _memory(q, v, initial_state, order)
-    v = _real(F.pad(v, (0, 1), value=1.0), padding)  # the last column sums the weights
-    q, k, v = (_split(x, min(chunk_size, n)) for x in (q, k, v))  # [B, H, chunks, C, .]
+    v = without_padding(F.pad(v, (0, 1), value=1.0), padding)  # the last column sums the weights
+    q, k, v = (in_chunks(x, min(chunk_size, n)) for x in (q, k, v))  # [B, H, chunks, C, .]
     added = key_features(k, order).mT @ v  # [B, H, chunks, F, E + 1]
     start = torch.cat([state, keys.unsqueeze(-1)], -1).unsqueeze(2)
     before = torch.cat([start, start + added.cumsum(2)], 2)
@@ -129,7 +130,7 @@ def step(
     dtype = q.dtype
     q, k, v = (x.to(wide(x)) for x in (q, *per_head(q, k, v)))
     memory, keys = _memory(q, v, state, order)
-    phi = _real(key_features(k, order), padding)  # [B, H, 1, F]
+    phi = without_padding(key_features(k, order), padding)  # [B, H, 1, F]
     memory, keys = memory + phi.mT * v, keys + phi[:, :, 0]
     read = query_features(q, scale, order)
     total = read @ keys.unsqueeze(-1) + eps
@@ -178,11 +179,6 @@ def _products(x: Tensor) -> Tensor:
     return x[..., a] * x[..., b]
 
 
-def _real(x: Tensor, padding: Tensor | None) -> Tensor:
-    """``[B, H, N, .]`` with 0 at padding."""
-    return x if padding is None else x.masked_fill(~padding[:, None, :, None], 0.0)
-
-
 def _memory(q: Tensor, v: Tensor, state: State | None, order: int) -> tuple[Tensor, Tensor]:
     """KV ``[B, H, F, E]`` and K ``[B, H, F]``."""
     (b, h), f, e = q.shape[:2], features(q.shape[-1], order), v.shape[-1]
@@ -190,13 +186,6 @@ def _memory(q: Tensor, v: Tensor, state: State | None, order: int) -> tuple[Tens
         return q.new_zeros(b, h, f, e, dtype=wide(q)), q.new_zeros(b, h, f, dtype=wide(q))
     state.of("based", state=(b, h, f, e), keys=(b, h, f))
     return state["state"], state["keys"]
-
-
-def _split(x: Tensor, size: int) -> Tensor:
-    """``[B, H, N, .]`` -> ``[B, H, chunks, C, .]`` with zeros at the end; values of 0 (and weight columns of 0) add nothing."""
-    if x.shape[2] % size:
-        x = F.pad(x, (0, 0, 0, -x.shape[2] % size))
-    return x.unflatten(2, (-1, size))
 
 
 @final

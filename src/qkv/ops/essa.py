@@ -36,6 +36,7 @@ from qkv.core.spec import param
 from qkv.core.state import State
 from qkv.ops._common.decayed import Form, core_limit, decayed_linear_attention, one_token, too_wide
 from qkv.ops._common.states import after, matrix, per_head, wide
+from qkv.ops._common.sums import without_padding
 
 FLOOR = 1e-24  # least square of a norm that is divided by
 KeyNorm = Literal["token_l2"] | None
@@ -53,7 +54,7 @@ def reference(
     dtype, n = q.dtype, q.shape[2]
     k, v = per_head(q, k, v)
     kv, norms, count = _memory(q, v, initial_state, order)
-    v, psi_k, psi_q = v.to(kv), _real(_psi(k, eps, order), padding), _unit(_psi(q, eps, order), order)
+    v, psi_k, psi_q = v.to(kv), without_padding(_psi(k, eps, order), padding), _unit(_psi(q, eps, order), order)
     real = psi_k.new_ones(q.shape[0], n) if padding is None else padding.to(psi_k)
     seen = torch.ones(n, n, dtype=torch.bool, device=q.device)
     seen = (seen.tril() if causal else seen).to(psi_k)
@@ -113,7 +114,7 @@ def fast(
     """
     dtype, n = q.dtype, q.shape[2]
     k, v = per_head(q, k, v)
-    v, psi_k, psi_q = v.to(wide(q)), _real(_psi(k, eps, order), padding), _unit(_psi(q, eps, order), order)
+    v, psi_k, psi_q = v.to(wide(q)), without_padding(_psi(k, eps, order), padding), _unit(_psi(q, eps, order), order)
     real = psi_k.new_ones(q.shape[0], n) if padding is None else padding.to(psi_k)
     if not causal:
         tokens = real.sum(1).clamp(min=1.0)[:, None, None, None]
@@ -178,11 +179,6 @@ def _unit(psi: Tensor, order: int) -> Tensor:
 def _inverse(squares: Tensor, key_norm: KeyNorm) -> Tensor:
     """1 / norm of the keys' channels from sums of squares, or ones."""
     return squares.clamp(min=FLOOR).rsqrt() if key_norm == "token_l2" else torch.ones_like(squares)
-
-
-def _real(x: Tensor, padding: Tensor | None) -> Tensor:
-    """``[B, H, N, .]`` with 0 at padding."""
-    return x if padding is None else x.masked_fill(~padding[:, None, :, None], 0.0)
 
 
 def _memory(q: Tensor, v: Tensor, state: State | None, order: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,7 @@ from qkv.core.operator import Operator, OperatorSpec
 from qkv.core.spec import Extra, Learnt, Limit, param
 from qkv.core.state import State
 from qkv.ops._common.decayed import core_limit, decayed_linear_attention, one_token
+from qkv.ops._common.states import after
 
 
 def reference(
@@ -130,7 +131,7 @@ def _state_tensor(q: Tensor, k: Tensor, v: Tensor, state: State | None) -> Tenso
 
 
 def _state(tensor: Tensor, before: State | None, tokens: int) -> State:
-    return State("gla", {"state": tensor}, tokens + (before.seen if before is not None else 0))
+    return after("gla", before, tokens, state=tensor)
 
 
 def _sample(*shape: int, **kwargs: Any) -> Tensor:

@@ -141,10 +141,6 @@ def _backward(
     return q if back_q is None else back_q, own_k, dt if back_dt is None else back_dt
 
 
-def _vector(*shape: int, **kw: Any) -> Tensor:
-    return torch.randn(shape, **kw)
-
-
 def _step(*shape: int, **kw: Any) -> Tensor:
     return torch.rand(shape, **kw)
 
@@ -194,15 +190,15 @@ class Hydra(Operator):
                 learnt=Learnt(axes="bhn", value=F.softplus, start=-4.6),
             ),
             "back_q": Extra(
-                axes="bhnd", sample=_vector, required=False, doc="readouts of the backward scan; without them q",
+                axes="bhnd", sample=torch.randn, required=False, doc="readouts of the backward scan; without them q",
                 learnt=Learnt(axes="bhnd"),
             ),
             "back_k": Extra(
-                axes="bgmd", sample=_vector, required=False, doc="inputs of the backward scan; without them k",
+                axes="bgmd", sample=torch.randn, required=False, doc="inputs of the backward scan; without them k",
                 learnt=Learnt(axes="bgmd"),
             ),
             "diagonal": Extra(
-                axes="bhn", sample=_vector, required=False, doc="weight of a token's own value; without it 0",
+                axes="bhn", sample=torch.randn, required=False, doc="weight of a token's own value; without it 0",
                 learnt=Learnt(axes="bhn", start=1.0),
             ),
         },

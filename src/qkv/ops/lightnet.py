@@ -32,8 +32,8 @@ from qkv.core.spec import param
 from qkv.core.state import State
 from qkv.ops._common.decayed import Form, core_limit, decayed_linear_attention
 from qkv.ops._common.states import after, per_head, wide
+from qkv.ops._common.sums import EMPTY, softmax_weights
 
-EMPTY = -1e30  # z before the first token: finite, so that differences are never inf - inf
 Start = Literal["empty", "zero"]
 
 
@@ -101,12 +101,20 @@ def fast(
         k = k.masked_fill(~padding[:, None, :, None], EMPTY)
     if not causal:
         z = torch.logaddexp(k.logsumexp(2), z0)
-        return (scale * q @ (_weights(k, z.unsqueeze(2)).mT @ v)).to(dtype)
+        return (scale * q @ (softmax_weights(k, z.unsqueeze(2)).mT @ v)).to(dtype)
     z = torch.cat([z0.unsqueeze(2), k], 2).logcumsumexp(2)  # [B, H, 1 + N, D]
     before, z = z[:, :, :-1], z[:, :, 1:]
     g = (before - z).clamp(max=0.0).masked_fill(before <= EMPTY / 2, 0.0)  # nothing was there: nothing fades
     out, h, _ = decayed_linear_attention(
-        q, _weights(k, z), v, log_decay=g, scale=scale, state=h0, form=form, chunk_size=chunk_size, sub_chunk=sub_chunk
+        q,
+        softmax_weights(k, z),
+        v,
+        log_decay=g,
+        scale=scale,
+        state=h0,
+        form=form,
+        chunk_size=chunk_size,
+        sub_chunk=sub_chunk,
     )
     out = out.to(dtype)
     return (out, after("lightnet", initial_state, q.shape[2], state=h, z=z[:, :, -1])) if return_state else out
@@ -133,13 +141,8 @@ def step(
     key = k[:, :, 0]
     new = torch.logaddexp(z, key)
     keep = (z - new).clamp(max=0.0).masked_fill(z <= EMPTY / 2, 0.0).exp()
-    h = keep.unsqueeze(-1) * h + _weights(key, new).unsqueeze(-1) * v
+    h = keep.unsqueeze(-1) * h + softmax_weights(key, new).unsqueeze(-1) * v
     return (scale * q @ h).to(dtype), after("lightnet", state, 1, state=h, z=new)
-
-
-def _weights(k: Tensor, z: Tensor) -> Tensor:
-    """exp(k - z), 0 for a logit that is no token."""
-    return (k - z).clamp(max=0.0).exp().masked_fill(k <= EMPTY / 2, 0.0)
 
 
 def _memory(q: Tensor, v: Tensor, state: State | None, z_init: Start) -> tuple[Tensor, Tensor]:

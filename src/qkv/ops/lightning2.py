@@ -108,10 +108,6 @@ def step(
     )  # fmt: skip
 
 
-def _sample(*shape: int, **kwargs: Any) -> Tensor:
-    return torch.rand(*shape, **kwargs)
-
-
 def _released(place: Place) -> Tensor:
     """The slopes of released models."""
     return decay_slopes(place.heads, place.layer, place.layers)
@@ -147,7 +143,7 @@ class Lightning2(Operator):
         extras={
             "slopes": Extra(
                 axes="h",
-                sample=_sample,
+                sample=torch.rand,
                 role="parameter",
                 low=0.0,
                 required=False,

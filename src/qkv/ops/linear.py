@@ -19,6 +19,7 @@ from qkv.core.operator import Operator, OperatorSpec
 from qkv.core.spec import param
 from qkv.core.state import State
 from qkv.ops._common.decayed import core_limit, decayed_linear_attention, one_token
+from qkv.ops._common.states import after
 
 
 def reference(
@@ -95,7 +96,7 @@ def _tensor(q: Tensor, v: Tensor, state: State | None) -> Tensor:
 
 
 def _state(tensor: Tensor, before: State | None, tokens: int) -> State:
-    return State("linear", {"state": tensor}, tokens + (before.seen if before is not None else 0))
+    return after("linear", before, tokens, state=tensor)
 
 
 @final

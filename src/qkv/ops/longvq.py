@@ -252,10 +252,6 @@ def _memory(q: Tensor, k: Tensor, v: Tensor, codebook: Tensor, state: State | No
     return Memory(**{name: torch.zeros(x, dtype=kinds[name], device=q.device) for name, x in shapes.items()})
 
 
-def _normal(*shape: int, **kwargs: Any) -> Tensor:
-    return torch.randn(*shape, **kwargs)
-
-
 def _codes(place: Place) -> Tensor:
     """64 codes a key/value head to begin with, each layer its own."""
     draw = torch.Generator().manual_seed(place.layer)
@@ -287,14 +283,14 @@ class LongVQ(Operator):
         extras={
             "codebook": Extra(
                 axes="gsd",
-                sample=_normal,
+                sample=torch.randn,
                 role="parameter",
                 doc="S codes for the keys of each key head",
                 learnt=Learnt(axes="gsd", start=_codes),
             ),
             "bias": Extra(
                 axes="hw",
-                sample=_normal,
+                sample=torch.randn,
                 role="parameter",
                 required=False,
                 doc="added to scores in the window by distance 0 .. w - 1, after the scale; none beyond",

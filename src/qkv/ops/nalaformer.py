@@ -35,6 +35,7 @@ from qkv.core.state import State
 from qkv.ops._common.decayed import decayed_linear_attention
 from qkv.ops._common.grids import grid_angles, turned
 from qkv.ops._common.states import after, per_head, wide
+from qkv.ops._common.sums import divided
 
 Feature = Literal["relu_split", "cosine"]
 SMALLEST = 1e-6  # a shorter query has this norm
@@ -60,7 +61,7 @@ def reference(
     if causal:
         plain, maps = plain.tril(), maps.tril()
     total = plain.sum(-1, keepdim=True) + a @ keys.unsqueeze(-1) + _floor(k, padding, causal, eps)
-    out = _divided(maps @ v + turned_a @ kv, total).to(dtype)
+    out = divided(maps @ v + turned_a @ kv, total).to(dtype)
     if not return_state:
         return out
     return out, after("nalaformer", initial_state, q.shape[2], kv=kv + turned_b.mT @ v, keys=keys + b.sum(2))
@@ -110,7 +111,7 @@ def loop(
             made = parts(q[:, i, t], True)
             moved = torch.cat([turn(x, query_angles, t) for x in made], -1)
             total = (torch.cat(made, -1) * keys[:, i]).sum(-1) + floor
-            rows.append(_divided(torch.einsum("bf,bfe->be", moved, kv[:, i]), total.unsqueeze(-1)))
+            rows.append(divided(torch.einsum("bf,bfe->be", moved, kv[:, i]), total.unsqueeze(-1)))
         return torch.stack(rows, 1)
 
     outs = []
@@ -138,7 +139,7 @@ def fast(
     )
     if not causal:
         total = a @ b.sum(2).unsqueeze(-1) + _floor(k, padding, causal, eps)
-        return _divided(turned_a @ (turned_b.mT @ v), total).to(dtype)
+        return divided(turned_a @ (turned_b.mT @ v), total).to(dtype)
     kv, keys = _memory(q, v, initial_state)
     if query_angles is None:  # one map for numerator and denominator
         out, kv, sums = decayed_linear_attention(
@@ -150,7 +151,7 @@ def fast(
             turned_a, turned_b, v, state=kv, chunk_size=chunk_size, sub_chunk=chunk_size
         )
         past = keys.unsqueeze(2) + b.cumsum(2)
-        out, ends = _divided(out, (a * past).sum(-1, keepdim=True) + eps), {"kv": kv, "keys": past[:, :, -1]}
+        out, ends = divided(out, (a * past).sum(-1, keepdim=True) + eps), {"kv": kv, "keys": past[:, :, -1]}
     out = out.to(dtype)
     return (out, after("nalaformer", initial_state, n, **ends)) if return_state else out
 
@@ -175,7 +176,7 @@ def step(
     )
     kv, keys = _memory(q, v, state)
     kv, keys = kv + turned_b.mT * v, keys + b[:, :, 0]
-    out = _divided(turned_a @ kv, a @ keys.unsqueeze(-1) + eps)
+    out = divided(turned_a @ kv, a @ keys.unsqueeze(-1) + eps)
     return out.to(dtype), after("nalaformer", state, 1, kv=kv, keys=keys)
 
 
@@ -231,11 +232,6 @@ def _floor(k: Tensor, padding: Tensor | None, causal: bool, eps: float) -> Tenso
     if causal:
         return eps
     return eps * k.shape[2] if padding is None else eps * padding.sum(1)[:, None, None, None].to(wide(k))
-
-
-def _divided(out: Tensor, total: Tensor) -> Tensor:
-    some = total != 0
-    return torch.where(some, out / torch.where(some, total, 1.0), 0.0)
 
 
 def _grid(place: Place) -> Tensor | None:

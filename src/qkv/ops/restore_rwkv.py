@@ -238,10 +238,6 @@ def _state(x: Average, before: State | None, tokens: int) -> State:
     return after("restore-rwkv", before, tokens, **x._asdict())
 
 
-def _draw(*shape: int, **kwargs: Any) -> Tensor:
-    return torch.randn(*shape, **kwargs)
-
-
 @final
 @dataclass(frozen=True, kw_only=True)
 class RestoreRWKV(Operator):
@@ -275,7 +271,7 @@ class RestoreRWKV(Operator):
         extras={
             "w": Extra(
                 axes="h",
-                sample=_draw,
+                sample=torch.randn,
                 role="parameter",
                 extremes=(0.0, 20.0, -20.0, 1e4),
                 doc="what the log of a weight loses with each token of distance",
@@ -283,7 +279,7 @@ class RestoreRWKV(Operator):
             ),
             "u": Extra(
                 axes="h",
-                sample=_draw,
+                sample=torch.randn,
                 role="parameter",
                 extremes=(0.0, 300.0, -300.0),
                 doc="bonus of a token for itself, added to its key",

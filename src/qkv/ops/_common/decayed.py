@@ -26,6 +26,7 @@ from torch import Tensor
 from qkv.core.errors import InvalidInput, UnknownName
 from qkv.core.kernel import kernel
 from qkv.core.spec import near
+from qkv.ops._common.sums import divided, in_chunks
 
 Form = Literal["chunked", "recurrent", "quadratic", "triton"]
 FORMS = ("chunked", "recurrent", "quadratic", "triton")
@@ -89,14 +90,8 @@ def decayed_linear_attention(
     )
     if not normalise:
         return Decayed(out.to(dtype), s, None)
-    out = _divided(out[..., :-1], out[..., -1:] + eps)
+    out = divided(out[..., :-1], out[..., -1:] + eps)
     return Decayed(out.to(dtype), s[..., :-1], s[..., -1])
-
-
-def _divided(out: Tensor, total: Tensor) -> Tensor:
-    """The quotient, and 0 where the total is 0."""
-    some = total != 0
-    return torch.where(some, out / torch.where(some, total, 1.0), 0.0)
 
 
 def _fused(
@@ -117,7 +112,7 @@ def _fused(
     if not normalise:
         return Decayed(out, s, None)
     total, z = run(q, k, torch.ones_like(v[..., :1]), decay, None if keys is None else keys.unsqueeze(-1), scale=scale)
-    return Decayed(_divided(out, total + eps), s, z.squeeze(-1))
+    return Decayed(divided(out, total + eps), s, z.squeeze(-1))
 
 
 def one_token(*widest: Tensor) -> Literal["triton", "recurrent"]:
@@ -190,12 +185,12 @@ def _chunked(
         chunk_size = sub_chunk = n
     elif n < chunk_size:
         chunk_size = -(-n // sub_chunk) * sub_chunk
-    q, k, v = (_split(x, chunk_size) for x in (q, k, v))  # [B, H, chunks, C, .]
+    q, k, v = (in_chunks(x, chunk_size) for x in (q, k, v))  # [B, H, chunks, C, .]
     if decay is None:
         out, after = _Within.apply(q, k, v, None), None
         q_in, k_out = q, k
     else:
-        total = _split(decay, chunk_size).cumsum(-2)  # G, starting anew in each chunk; [B, H, chunks, C, 1 | D]
+        total = in_chunks(decay, chunk_size).cumsum(-2)  # G, starting anew in each chunk; [B, H, chunks, C, 1 | D]
         last = total[..., -1:, :]
         if total.shape[-1] == 1:
             out = _Within.apply(q, k, v, total)
@@ -216,13 +211,6 @@ def _scan(added: Tensor, after: Tensor | None, s: Tensor) -> tuple[Tensor, Tenso
         before.append(s)
         s = new + s if rate is None else torch.addcmul(new, s, rate)
     return torch.stack(before, 2), s
-
-
-def _split(x: Tensor, chunk: int) -> Tensor:
-    """``[B, H, N, .]`` -> ``[B, H, chunks, C, .]``, with zeros at the end: empty tokens that do not decay."""
-    if x.shape[2] % chunk:
-        x = F.pad(x, (0, 0, 0, -x.shape[2] % chunk))
-    return x.unflatten(2, (-1, chunk))
 
 
 class _Within(torch.autograd.Function):
