@@ -10,8 +10,9 @@ token that is no sink into the mean. Where the dropped keys are equal this is ex
 
 Retrieval heads are induction and echo heads, found on random repeated tokens: `qkv inspect MODEL --probe induction-echo --out
 DIR`, then ``heads="DIR/result.json"``. A KV head retrieves if one of its query heads does. The head percentages are the
-paper's as remembered; models with linear position biases (ALiBi), for which the paper bounds the reach of a head from its
-weights, are not served.
+paper's as remembered. Models with linear position biases (ALiBi), for which the paper bounds the reach of a head from its
+weights, are refused by the host: transformers' own (BLOOM, MPT, Falcon) compute their attention outside its interface, and a
+bias by distance, which stored keys do not carry, would have to be an input of every attention form and kernel.
 
 Axes: L layers, B batch, H query heads, G key/value heads, N queries, M keys, D head width. Paper: arXiv:2407.15891.
 """
