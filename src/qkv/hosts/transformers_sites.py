@@ -88,6 +88,8 @@ def _site(
             f"{type(module).__name__} does not go through transformers' attention interface, so there is no seam to reach "
             "its queries and keys"
         )
+        if _adds_alibi(module):
+            reason += ", and it adds ALiBi biases to its logits, which qkv's attention forms do not compute"
     elif not heads or not width:
         reason = f"the geometry of {type(module).__name__} is unknown: found heads={heads}, head width={width}"
     else:
@@ -160,6 +162,13 @@ def _unsupported(module: nn.Module) -> str | None:
     if _picks_keys(module):
         return PICKS
     return None
+
+
+def _adds_alibi(module: nn.Module) -> bool:
+    """Whether a module takes a bias by distance for its logits (BLOOM, MPT, Falcon)."""
+    code = _code(module)
+    takes = code is not None and not {"alibi", "position_bias"}.isdisjoint(code.co_varnames)
+    return takes and getattr(getattr(module, "config", None), "alibi", True)
 
 
 def keeps_latents(module: nn.Module) -> bool:
