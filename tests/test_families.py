@@ -105,3 +105,17 @@ def test_keys_that_change_on_their_way_to_the_attention_are_noticed(monkeypatch)
     monkeypatch.undo()
     with qkv.applied(model, "h2o"):
         assert torch.isfinite(forward(model, {"input_ids": ids})).all()
+
+
+def test_layers_that_attend_within_chunks_keep_their_cache() -> None:
+    model, x = family("llama4_text", attention_chunk_size=8), inputs("llama")
+    ids, mask = x["input_ids"], x["attention_mask"]
+    tokens = generate(model, ids, mask)
+    with qkv.applied(model, "h2o:budget=1.0"):
+        assert torch.equal(generate(model, ids, mask), tokens)
+        assert len(qkv.report(model).sites) == 2
+
+
+def test_a_model_with_a_cache_of_its_own_kind_is_refused() -> None:
+    with pytest.raises(Refused, match="MiniMaxCache"):
+        qkv.apply(family("minimax"), "full")

@@ -417,3 +417,51 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch) -> None:
         qkv.save(model, tmp_path / "saved")
     assert (tmp_path / "saved" / "qkv.json").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["saved"]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 0)])
+def test_nothing_to_attend_to_is_said(shape: tuple[int, int]) -> None:
+    model, ids = models.make("llama"), models.inputs("llama")["input_ids"]
+    with qkv.applied(model, "h2o:budget=9"):
+        with pytest.raises(InvalidInput, match="hold nothing to attend to"):
+            forward(model, {"input_ids": torch.zeros(shape, dtype=torch.long)})
+        assert torch.isfinite(forward(model, {"input_ids": ids})).all()
+
+
+def test_a_cache_goes_on_with_its_own_rows_only() -> None:
+    model, ids = models.make("llama"), models.inputs("llama")["input_ids"]
+    for method in ("full", "h2o:budget=9"):
+        with qkv.applied(model, method), torch.no_grad():
+            cache = model(ids).past_key_values
+            with pytest.raises(StateError, match="holds 2 rows and was given 1"):
+                model(ids[:1, :1], past_key_values=cache)
+            cache.batch_select_indices(torch.tensor([1]))
+            assert model(ids[:1, :1], past_key_values=cache).logits.shape[0] == 1
+
+
+def test_an_implementation_set_over_qkv_is_noticed() -> None:
+    model, ids = models.make("llama"), models.inputs("llama")["input_ids"]
+    with qkv.applied(model, "h2o:budget=9"):
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(StateError, match="set to 'sdpa' after"):
+            forward(model, {"input_ids": ids})
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_wrong_places_and_idle_data_are_refused() -> None:
+    model = models.make("llama")
+    with pytest.raises(qkv.core.errors.InvalidParameter, match="one or more"):
+        qkv.apply(model, "h2o", where=[])
+    with pytest.raises(InvalidInput, match="learns from none"):
+        qkv.apply(model, "h2o", data=[{}])
+    with pytest.raises(qkv.core.errors.InvalidParameter, match="twice"):
+        qkv.apply(model, "h2o:budget=9,budget=8")
+    with pytest.raises(UnknownName, match="did you mean 'h2o'"):
+        qkv.apply(model, "H2O")
+
+
+@pytest.mark.parametrize("method", ["h2o:budget=9", "sliding-window:window=7", "full"])
+def test_autocast_is_served(method: str) -> None:
+    model, ids = models.make("llama", torch.float32), models.inputs("llama")["input_ids"]
+    with qkv.applied(model, method), torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(forward(model, {"input_ids": ids})).all()

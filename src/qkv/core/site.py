@@ -60,9 +60,9 @@ def choose(sites: Sequence[Site], where: Any) -> list[Site]:
     items = (
         [where] if isinstance(where, (str, int)) else list(where) if isinstance(where, (Sequence, set, range)) else None
     )
-    if items is None or any(isinstance(i, bool) or not isinstance(i, (int, str)) for i in items):
+    if not items or any(isinstance(i, bool) or not isinstance(i, (int, str)) for i in items):
         raise InvalidParameter(
-            f"where={where!r}: expected 'all', layer numbers, module-name patterns, or a predicate on Site"
+            f"where={where!r}: expected 'all', one or more layer numbers, module-name patterns, or a predicate on Site"
         )
     picked: list[Site] = []
     for item in items:

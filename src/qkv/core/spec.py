@@ -142,7 +142,7 @@ def parameters(cls: type[Method]) -> tuple[Parameter, ...]:
 def near(name: str, known: Iterable[str]) -> str:
     """``", did you mean 'x' or 'y'?"`` for the nearest known names, or a list of all when nothing is near."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     if close:
         return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
     return f"; known: {', '.join(known)}" if known else ""
@@ -317,6 +317,8 @@ def parse_setting(text: str) -> tuple[str, dict[str, Any]]:
         key, eq, value = item.partition("=")
         if not eq or not key.strip():
             raise InvalidParameter(f"{text!r}: {item!r} is not of the form name=value; write e.g. h2o:budget=0.25")
+        if key.strip() in out:
+            raise InvalidParameter(f"{text!r} sets {key.strip()!r} twice; give it once")
         out[key.strip()] = _value(value.strip())
     return name.strip(), out
 

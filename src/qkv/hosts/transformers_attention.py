@@ -66,6 +66,8 @@ def attention_function(
     if pending is not None and pending[1] is key:
         layer = pending[0]
         handoff.pending = None
+    if query.dtype != value.dtype and torch.is_autocast_enabled(query.device.type):  # as SDPA does under autocast
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     state: SiteState | None = module.__dict__.get(ATTRIBUTE)
     if layer is None and pending is not None and pending[0].state is state:
         handoff.pending = None

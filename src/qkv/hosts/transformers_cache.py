@@ -31,6 +31,7 @@ class QKVLayer(DynamicLayer):
         self.running = Running()
         self.decoded: Tensor | None = None  # [B, n] ids of the newest tokens, where they will be run again
         self.record_past = False
+        self.rows: int | None = None  # of the batch that it was filled with
         self.awaited = False  # a model that carries its session is about to fill it
         self.is_initialized = True
 
@@ -46,12 +47,24 @@ class QKVLayer(DynamicLayer):
                 "carries none (another model, or after qkv.revert); apply the methods again and start a fresh cache (leave "
                 "past_key_values out)"
             )
+        if self.rows not in (None, key_states.shape[0]):
+            raise StateError(
+                f"{self.state.site.name}: this cache holds {self.rows} rows and was given {key_states.shape[0]}; go on with the "
+                "rows that filled it, or choose among them with batch_select_indices"
+            )
+        self.rows = key_states.shape[0]
         self.awaited = False
         handoff.pending = (self, key_states)
         return key_states, value_states
 
     def lost(self) -> str:
         """What is wrong when the attention function of this layer's site does not get the keys that went into it."""
+        now = self.state.session.model.config._attn_implementation
+        if now != "qkv":
+            return (
+                f"{self.state.site.name}: the model's attention implementation was set to {now!r} after qkv.apply; set it before, "
+                "or call qkv.revert first"
+            )
         return (
             f"{self.state.site.name}: keys that went into its cache never reached qkv's attention function as they were; the "
             "model changes them on the way, so its cache cannot be served"
@@ -85,7 +98,7 @@ class QKVLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         self.running.reset()
-        self.decoded = None
+        self.decoded = self.rows = None
         self.memory.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -108,6 +121,7 @@ class QKVLayer(DynamicLayer):
         if self.decoded is not None:
             self.decoded = self.decoded.index_select(0, rows.to(self.decoded.device))
         self.memory.select(rows)
+        self.rows = None if self.rows is None else len(rows)
 
     def offload(self) -> None:
         """Not supported: the memory decides where it lives."""
@@ -121,6 +135,7 @@ class QKVLayer(DynamicLayer):
         """A copy with a memory of its own at the same site of the same model."""
         twin = QKVLayer(copy.deepcopy(self.memory, memo), self.state)
         twin.running, twin.record_past, twin.decoded = self.running.copy(), self.record_past, self.decoded
+        twin.rows = self.rows
         return twin
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from qkv.core.cache import Geometry, Rope
 from qkv.core.errors import InvalidInput
@@ -124,14 +126,18 @@ def _site(
 
 
 def _window(module: nn.Module, config: Any, layer: Any) -> int | None:
-    """The sliding window of a module in tokens: its own attribute, or its configuration's (Mistral keeps it only there)."""
+    """The sliding window of a module in tokens: its own attribute, or its configuration's (Mistral keeps it only there).
+
+    A chunk that a layer attends within (Llama 4) counts as one: its cache holds no more than that.
+    """
     if hasattr(module, "sliding_window"):
         window = module.sliding_window
     else:
         window = getattr(config, "sliding_window", None)
         kinds = getattr(config, "layer_types", None)
-        if kinds is not None and not (isinstance(layer, int) and "sliding" in kinds[layer]):
-            window = None
+        kind = kinds[layer] if kinds is not None and isinstance(layer, int) and layer < len(kinds) else ""
+        if kinds is not None and "sliding" not in kind:
+            window = getattr(config, "attention_chunk_size", None) if "chunked" in kind else None
     return window if isinstance(window, int) else None
 
 
@@ -189,6 +195,17 @@ def out_of_reach(model: PreTrainedModel) -> str | None:
             return f"{site.name}: {PICKS}, and it would run without them beside other sites of qkv"
         if site.role == "encoder" and getattr(module, "is_decoder", False):
             return f"{site.name} belongs to a decoder and says that it is not causal (is_causal=False), so its mask decides"
+    own = next((c for m in model.modules() if isinstance(m, PreTrainedModel) and (c := _own_cache(m))), None)
+    return f"it fills a cache of its own kind ({own}), and qkv puts its layers into a DynamicCache" if own else None
+
+
+def _own_cache(model: PreTrainedModel) -> str | None:
+    """The name of a cache class that a model's file defines and its forward makes."""
+    code, home = _code(model), vars(sys.modules[type(model).__module__])
+    for name in code.co_names if code is not None else ():
+        found = home.get(name)
+        if isinstance(found, type) and issubclass(found, Cache) and found.__module__ == type(model).__module__:
+            return name
     return None
 
 
