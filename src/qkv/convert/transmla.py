@@ -37,6 +37,7 @@ from qkv.convert._common.attention import (
     run,
     softmax_scales,
 )
+from qkv.convert._common.saving import noted, saved
 from qkv.core.attend import causal_mask
 from qkv.core.cache import Geometry, require
 from qkv.core.conversion import Conversion, ConversionSpec, batches
@@ -447,13 +448,7 @@ class TransMLA(Conversion):
         self, model: Any, sites: Sequence[Site], tensors: Mapping[str, Tensor], notes: Mapping[str, Any]
     ) -> dict[str, nn.Module]:
         """See `Conversion.rebuild`."""
-        names = [s.name for s in sites]
-        facts = notes.get("sites") if isinstance(notes, Mapping) else None
-        if not isinstance(facts, Mapping) or set(facts) != set(names):
-            raise SavedDataError(f"{self.id}: the notes do not describe the converted sites {', '.join(names[:3])}")
-        left = sorted(k for k in tensors if k.rpartition("/")[0] not in names)
-        if left:
-            raise SavedDataError(f"{self.id}: unexpected tensors: {', '.join(left[:3])}")
+        facts = noted(self.id, sites, tensors, notes)
         return {s.name: self._restored(s, model.get_submodule(s.name), facts[s.name], tensors) for s in sites}
 
     def _restored(self, site: Site, module: Any, facts: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -465,22 +460,13 @@ class TransMLA(Conversion):
             nope_dim=site.head_dim if self.rope_dim < site.kv_heads * site.head_dim else 0,
             eps=float(getattr(module.config, "rms_norm_eps", 1e-6)),
         )  # fmt: skip
-        saved = facts.get("shape") if isinstance(facts, Mapping) else None
-        if saved != shape.to_dict():
+        before = facts.get("shape") if isinstance(facts, Mapping) else None
+        if before != shape.to_dict():
             raise SavedDataError(
-                f"{self.id}: {site.name} was saved as {saved}, this model and method give {shape.to_dict()}"
+                f"{self.id}: {site.name} was saved as {before}, this model and method give {shape.to_dict()}"
             )
         if facts.get("rope_frequencies") != _frequencies(site, self.rope_dim):
             raise SavedDataError(f"{self.id}: {site.name} was saved with other rotary frequencies than this model has")
-        prefix = f"{site.name}/"
-        mine = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        want = _sizes(site, module, shape)
-        if set(mine) != set(want):
-            odd = sorted(set(mine) ^ set(want))
-            raise SavedDataError(f"{self.id}: {site.name}: missing or unexpected tensors: {', '.join(odd[:3])}")
-        for name, size in want.items():
-            if tuple(mine[name].shape) != size or not mine[name].is_floating_point():
-                got = f"{mine[name].dtype} {tuple(mine[name].shape)}"
-                raise SavedDataError(f"{self.id}: {site.name}/{name} is {got}, expected floating point {size}")
+        mine = saved(self.id, site.name, tensors, _sizes(site, module, shape))
         like = module.q_proj.weight
         return converted_module(site, module, shape, {k: v.to(like.device, like.dtype) for k, v in mine.items()})

@@ -26,6 +26,9 @@ from torch import Tensor, nn
 
 from qkv.core.attend import sdpa
 from qkv.ops._common.decayed import decayed_linear_attention
+from qkv.ops._common.positions import rotated
+from qkv.ops._common.states import wide
+from qkv.ops._common.sums import divided
 
 WIDEST = 256  # channels of a head that the kernel of decaying linear attention holds
 Gate = Literal["none", "scalar", "feature"]
@@ -62,15 +65,10 @@ class Past(NamedTuple):
     state: Tensor | None
 
 
-def widened(x: Tensor) -> torch.dtype:
-    """The dtype sums run in: float32, or float64 for float64 inputs."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def softmax_features(x: Tensor, weight: Tensor) -> Tensor:
     """Features phi of `x` ``[B, H, N, D]`` under `weight` ``[H, D, K]`` -> ``[B, H, N, 2K]``."""
-    wide = widened(x)
-    y = x.to(wide) @ weight.to(wide)
+    dtype = wide(x)
+    y = x.to(dtype) @ weight.to(dtype)
     return torch.cat((y.softmax(-1), (-y).softmax(-1)), -1)
 
 
@@ -86,17 +84,17 @@ def near(
     real: bool ``[B, P + N]`` or None. meta ``[B, H, N, m]``, meta_values ``[G, m, E]``: the learned pairs, or None.
     """
     (h, n), (g, m) = q.shape[1:3], k.shape[1:3]
-    wide, r = widened(q), h // g
+    dtype, r = wide(q), h // g
     reach, size = min(window, m) - 1, min(n, max(64, min(window, 512)))
     blocks = -(-n // size)
     front, end, length = reach - (m - n), blocks * size - n, size + reach
     keys, values = (
-        F.pad(x.to(wide), (0, 0, front, end)).unfold(2, length, size) for x in (k, v)
+        F.pad(x.to(dtype), (0, 0, front, end)).unfold(2, length, size) for x in (k, v)
     )  # [B, G, blocks, ., length]
     if real is None:
         real = torch.ones(1, m, dtype=torch.bool, device=q.device)
     there = F.pad(real, (front, end)).unfold(1, length, size)  # [B|1, blocks, length]
-    rows = _blocks(q.to(wide) * scale, g, size).flatten(3, 4)  # [B, G, blocks, R size, D]
+    rows = _blocks(q.to(dtype) * scale, g, size).flatten(3, 4)  # [B, G, blocks, R size, D]
     scores = (rows @ keys).unflatten(3, (r, size))
     i, j = (torch.arange(x, device=q.device) for x in (size, length))
     band = (j >= i[:, None]) & (j <= i[:, None] + reach)
@@ -111,7 +109,7 @@ def near(
     total = weights.sum(-1, keepdim=True)
     if meta is not None and meta_values is not None:
         more = (meta - top).exp()
-        num = num + more @ meta_values.to(wide)[:, None, None]
+        num = num + more @ meta_values.to(dtype)[:, None, None]
         total = total + more.sum(-1, keepdim=True)
     return tuple(x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :n] for x in (num, total))  # type: ignore[return-value]
 
@@ -259,16 +257,16 @@ class LinearisedProjections(nn.Module):
             proj(hidden).unflatten(-1, (x, -1)).transpose(1, 2)
             for proj, x in ((self.q_proj, s.heads), (self.k_proj, s.kv_heads), (self.v_proj, s.kv_heads))
         )
-        turned = tuple(_rotated(x, cos, sin) for x in (q, k))
+        turned = tuple(rotated(x, cos, sin) for x in (q, k))
         near_q, near_k = turned if s.window_rope else (q, k)
         far_q, far_k = turned if s.feature_rope else (q, k)
         gate = meta = None
         if self.gate_proj is not None:
-            wide, w = widened(hidden), self.gate_proj
-            gate = F.logsigmoid(F.linear(hidden.to(wide), w.weight.to(wide), w.bias.to(wide)))
+            dtype, w = wide(hidden), self.gate_proj
+            gate = F.logsigmoid(F.linear(hidden.to(dtype), w.weight.to(dtype), w.bias.to(dtype)))
             gate = gate.unflatten(-1, (s.kv_heads, -1)).transpose(1, 2)  # [B, G, N, 1 | F]
         if self.meta_keys is not None:
-            keys = self.meta_keys.to(widened(q)).repeat_interleave(s.heads // s.kv_heads, 0)
+            keys = self.meta_keys.to(wide(q)).repeat_interleave(s.heads // s.kv_heads, 0)
             meta = q.to(keys.dtype) @ keys.mT * s.scale
         return Tokens(near_q, near_k, far_k, v, softmax_features(far_q, self.map_q), gate, meta)
 
@@ -317,18 +315,6 @@ class LinearisedProjections(nn.Module):
         return self.combined(num, total, part).to(v.dtype), state
 
 
-def divided(x: Tensor, total: Tensor) -> Tensor:
-    """The quotient, and 0 where the total is 0."""
-    some = total != 0
-    return torch.where(some, x / torch.where(some, total, 1.0), 0.0)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` ``[B, *, N, D]`` turned in half-split pairs (i, i + D/2) by cos, sin ``[B|1, N, D]``."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat((-b, a), dim=-1) * sin.unsqueeze(1)
-
-
 # -- one row per token ------------------------------------------------------------------------------------------------
 
 
@@ -337,9 +323,9 @@ def packed(t: Tokens, shape: LinearisedShape) -> tuple[Tensor, Tensor]:
 
     This is how a layer hands its tokens to a cache: as one tensor per side. `source` is left out where it is k.
     """
-    wide = t.features.dtype
-    query = [t.q.to(wide), t.features] + ([] if t.meta is None else [t.meta])
-    key = [t.k.to(wide)] + ([t.source.to(wide)] if two_keys(shape) else []) + ([] if t.gate is None else [t.gate])
+    dtype = t.features.dtype
+    query = [t.q.to(dtype), t.features] + ([] if t.meta is None else [t.meta])
+    key = [t.k.to(dtype)] + ([t.source.to(dtype)] if two_keys(shape) else []) + ([] if t.gate is None else [t.gate])
     return torch.cat(query, -1), torch.cat(key, -1)
 
 

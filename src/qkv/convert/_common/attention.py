@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qkv.core.errors import InvalidInput, Refused
 from qkv.core.site import Site
 from qkv.core.training import evaluated
+from qkv.ops._common.positions import rotated
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -84,12 +85,6 @@ def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     """Bool ``[B, T]``, False = padding."""
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` ``[B, *, T, D]`` turned in half-split pairs (i, i + D/2) by cos, sin ``[B|1, T, D]``."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat((-b, a), dim=-1) * sin.unsqueeze(1)
 
 
 def softmax_scales(model: Any, sites: Sequence[Site], batch: Mapping[str, Tensor], who: str) -> dict[str, float]:

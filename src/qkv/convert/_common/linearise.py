@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv.convert._common.attention import PROJECTIONS, plain_projections, quiet, real_tokens, run, softmax_scales
+from qkv.convert._common.saving import noted, saved
 from qkv.convert._common.training import Keeper, descend, digest
 from qkv.core.conversion import Conversion, batches
 from qkv.core.errors import SavedDataError
@@ -166,13 +167,7 @@ class Linearisation(Conversion):
         self, model: Any, sites: Sequence[Site], tensors: Mapping[str, Tensor], notes: Mapping[str, Any]
     ) -> dict[str, nn.Module]:
         """See `Conversion.rebuild`."""
-        names = [s.name for s in sites]
-        facts = notes.get("sites") if isinstance(notes, Mapping) else None
-        if not isinstance(facts, Mapping) or set(facts) != set(names):
-            raise SavedDataError(f"{self.id}: the notes do not describe the converted sites {', '.join(names[:3])}")
-        left = sorted(k for k in tensors if k.rpartition("/")[0] not in names)
-        if left:
-            raise SavedDataError(f"{self.id}: unexpected tensors: {', '.join(left[:3])}")
+        facts = noted(self.id, sites, tensors, notes)
         return {s.name: self._restored(s, model.get_submodule(s.name), facts[s.name], tensors) for s in sites}
 
     def _restored(self, site: Site, module: Any, facts: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -189,22 +184,12 @@ class Linearisation(Conversion):
             raise SavedDataError(
                 f"{self.id}: {site.name} was saved as {facts}, this model and method give {shape.to_dict()}"
             )
-        prefix = f"{site.name}/"
-        mine = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         out = TransformersLinearisedAttention(
             shape, module.config, module.layer_idx, device="meta", dtype=module.q_proj.weight.dtype
         )
         want = out.state_dict()
-        if set(mine) != set(want):
-            odd = sorted(set(mine) ^ set(want))
-            raise SavedDataError(f"{self.id}: {site.name}: missing or unexpected tensors: {', '.join(odd[:3])}")
+        mine = saved(self.id, site.name, tensors, {k: tuple(v.shape) for k, v in want.items()})
         like = module.q_proj.weight
-        for name, x in want.items():
-            if mine[name].shape != x.shape or not mine[name].is_floating_point():
-                got = f"{mine[name].dtype} {tuple(mine[name].shape)}"
-                raise SavedDataError(
-                    f"{self.id}: {site.name}/{name} is {got}, expected floating point {tuple(x.shape)}"
-                )
         out.load_state_dict({k: v.to(like.device, want[k].dtype) for k, v in mine.items()}, assign=True)
         out.requires_grad_(like.requires_grad)
         return out.train(module.training)

@@ -22,6 +22,12 @@ from qkv.core.errors import InvalidInput, InvalidParameter
 from qkv.ops._common.decayed import decayed_linear_attention
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x` ``[B, *, T, D]`` turned in half-split pairs (i, i + D/2) by cos, sin ``[B|1, T, D]``."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-b, a), dim=-1) * sin.unsqueeze(1)
+
+
 def lrpe_angles(heads: int, width: int, device: torch.device | None = None, base: float = 10000.0) -> Tensor:
     """Angles theta ``[H, D]`` in float64: base^(-2 i / (H D)), i the flat number of the channel over all heads."""
     i = torch.arange(heads * width, dtype=torch.float64, device=device).reshape(heads, width)
