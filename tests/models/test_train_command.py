@@ -42,14 +42,15 @@ def command(capsys: Any, monkeypatch: Any, tmp_path: Any) -> Any:
 
 
 def test_a_model_is_trained_and_writes(command: Any, book: Path) -> None:
-    how = ("train", "-m", "gla", "-m", "full", *SMALL, "--text", book, "--length", "16", "--every", "3", "--out", "run")
+    how = ("train", "-m", "gla", "-m", "full", *SMALL, "--kv-heads", "1", "--text", book, "--length", "16", "--every", "3",
+           "--out", "run")  # fmt: skip
     code, out, err = command(*how, "--steps", "6", "--json")
     assert code == 0, err
     told = json.loads(out)
     assert told["steps"] == 6 and told["scores"].keys() == {"untrained", "trained"}
     assert told["scores"]["trained"]["nats per byte"] < told["scores"]["untrained"]["nats per byte"]
     net = CausalLM.from_pretrained("run/model")
-    assert [m.id for m in net.config.methods] == ["gla", "full"]
+    assert [m.id for m in net.config.methods] == ["gla", "full"] and net.config.kv_heads == 1
     assert sorted(p.name for p in Path("run/checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6"]
 
     code, out, err = command("generate", "run/model", "--prompt", "the quick", "-n", "5", "--device", "cpu", "--json")

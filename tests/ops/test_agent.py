@@ -90,8 +90,10 @@ def test_bad_settings_are_refused() -> None:
     q, k, v, a, b1, _ = _draw()
     with pytest.raises(Refused, match="causal only with agents"):
         qkv.attention(q, k, v, method="agent")
-    with pytest.raises(InvalidInput, match="is for 4 agents, here are 2"):
+    with pytest.raises(InvalidInput, match="`agents` has s = 2, `bias_keys` has s = 4"):
         qkv.attention(q, k, v, method="agent", causal=False, agents=a[:, :, :2], bias_keys=b1)
+    with pytest.raises(InvalidInput, match="is for 4 agents, here are 2"):
+        qkv.attention(q, k, v, method="agent:num_agents=2", causal=False, bias_keys=b1)
     with pytest.raises(InvalidInput, match="must agree"):
         qkv.attention(q, k, v, method="agent:value_shortcut=0.1", causal=False)
 

@@ -45,6 +45,9 @@ def command(
     ] = None,
     width: Annotated[int, typer.Option("--width", min=1, help="Width of the residual stream.")] = 256,
     heads: Annotated[int, typer.Option("--heads", min=1, help="Heads of every layer.")] = 4,
+    kv_heads: Annotated[
+        int, typer.Option("--kv-heads", min=0, help="Key/value heads of every layer.", show_default="as many as heads")
+    ] = 0,
     parameters: Annotated[
         int | None,
         typer.Option("--parameters", min=1, help="Size the gated layers for so many.", show_default="8/3 of the width"),
@@ -68,7 +71,7 @@ def command(
         raise InvalidParameter("--text and --images: a model learns one of the two")
     count = layers or max(4, len(method))
     operators = tuple(method[i % len(method)] for i in range(count))
-    sizes = {"width": width, "heads": heads}
+    sizes = {"width": width, "heads": heads, "kv_heads": kv_heads}
     make = _language(text, length) if images is None else _images(images, patch)
     model, data, evaluate = make(operators, sizes, parameters, seed)
     done = train(

@@ -146,7 +146,7 @@ class Operator(Method):
         if not causal and (initial_state is not None or return_state):
             raise Refused(f"{self.id} keeps a state only when causal; leave initial_state and return_state out")
         if spec.initial is not None:
-            self._check_state(initial_state, optional=True)
+            self._check_state(initial_state, q.device, optional=True)
             call |= {"initial_state": initial_state, "return_state": return_state}
         name, function = self._form(self._within(form, q, k, v), q.device)
         return function(q, k, v, **call, **self._settings[name])  # type: ignore[attr-defined]
@@ -173,7 +173,7 @@ class Operator(Method):
         q, k, v, call = self._inputs(q, k, v, True, padding, scale, extras)
         if q.shape[2] != 1 or k.shape[2] != 1:
             raise InvalidInput(f"{self.id}: step takes one token, got N={q.shape[2]} and M={k.shape[2]}")
-        self._check_state(state)
+        self._check_state(state, q.device)
         return self.spec.step(q, k, v, state, **call, **self._settings["step"])  # type: ignore[attr-defined]
 
     def _check_needs(self, extras: Mapping[str, Any]) -> None:
@@ -222,12 +222,13 @@ class Operator(Method):
         if padding.device != q.device:
             raise InvalidInput(f"{self.id}: padding lies on {padding.device}, q on {q.device}")
 
-    def _check_state(self, state: State | None, optional: bool = False) -> None:
+    def _check_state(self, state: State | None, device: torch.device, optional: bool = False) -> None:
         if not (isinstance(state, State) or (optional and state is None)):
             raise InvalidInput(f"{self.id}: a state is a `State` that this operator returned, not "
                                f"{type(state).__name__}")  # fmt: skip
         if state is not None:
             state.of(self.id)
+            state.on(device)
 
     def _axes(self, name: str, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> str:
         """Which of the declared axes of an extra fit its shape."""
@@ -258,7 +259,21 @@ class Operator(Method):
             self._axes(name, x, q, k, v)
             if x.device != q.device:
                 raise InvalidInput(f"{self.id}: `{name}` lies on {x.device}, q on {q.device}")
+        self._agree({name: x for name, x in given.items() if x is not None}, q, k, v)
         return {name: x for name, x in given.items() if x is not None}
+
+    def _agree(self, extras: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raise `InvalidInput` unless sizes of the extras' own (``s``, ``w``) are the same wherever they are named alike."""
+        sizes: dict[str, tuple[str, int]] = {}
+        for name, x in extras.items():
+            if not set("sw") & set(self.spec.extras[name].axes):
+                continue
+            for letter, size in zip(self._axes(name, x, q, k, v), x.shape, strict=True):
+                if letter in "sw" and sizes.setdefault(letter, (name, size))[1] != size:
+                    first, other = sizes[letter]
+                    axes = " and ".join(self.spec.extras[n].axes for n in (first, name))
+                    raise InvalidInput(f"{self.id}: `{first}` has {letter} = {other}, `{name}` has {letter} = {size}; axes "
+                                       f"{axes} must agree")  # fmt: skip
 
     def _check_values(self, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tensor]) -> None:
         """Finite values, extras within their bounds; silent where values cannot be read."""

@@ -37,8 +37,23 @@ class State:
                 raise StateError(f"{owner}: state {name!r} has shape {got}, expected {tuple(shape)} for these inputs")
         return self
 
+    def on(self, device: torch.device) -> State:
+        """Itself, after checking that its tensors lie on a device."""
+        for name, x in self.tensors.items():
+            if x.device != device:
+                raise StateError(
+                    f"{self.owner}: state {name!r} lies on {x.device}, the inputs on {device}; use state.to({str(device)!r})"
+                )
+        return self
+
     def index(self, rows: Tensor) -> State:
-        """The state of the batch rows `rows` ``[B']`` (beams reorder or repeat rows)."""
+        """The state of the batch rows `rows` ``[B']`` (beams reorder or repeat rows). Raises `StateError` for rows it lacks."""
+        batch = min((t.shape[0] for t in self.tensors.values()), default=0)
+        if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+            raise StateError(f"{self.owner}: rows are ints [B'], got {rows.dtype} {tuple(rows.shape)}")
+        read = rows.device.type == "cpu" and rows.numel() > 0 and not torch.compiler.is_compiling()
+        if read and not (0 <= int(rows.min()) and int(rows.max()) < batch):
+            raise StateError(f"{self.owner}: rows {rows.tolist()} are not all among the state's {batch}")
         tensors = {k: t.index_select(0, rows.to(t.device)) for k, t in self.tensors.items()}
         return State(self.owner, tensors, self.seen)
 

@@ -119,11 +119,17 @@ def weights(q: Tensor, k: Tensor, *, causal: bool, plan: Plan) -> Tensor:
 
 def bucket(x: Tensor, plan: Plan) -> Tensor:
     """Buckets ``[B, H, N]`` of ``[B, H, N, D]``: place of the sign code in Gray order, 0 .. 2^r - 1."""
-    d, r = x.shape[-1], plan.lsh_num_projs
-    u, angle = uniform(2 * d * r, plan.seed, -1, x.device).reshape(2, d, r)
+    return buckets(plan, x)[0]
+
+
+def buckets(plan: Plan, *tokens: Tensor) -> list[Tensor]:
+    """`bucket` of several tensors in the same directions; in small integers, which sort faster."""
+    d, r, device = tokens[0].shape[-1], plan.lsh_num_projs, tokens[0].device
+    u, angle = uniform(2 * d * r, plan.seed, -1, device).reshape(2, d, r)
     directions = ((-2 * u.log()).sqrt() * (2 * math.pi * angle).cos()).float()  # normal, by Box and Muller
-    signs = (x.detach().to(wide(x)) @ directions.to(wide(x))) > 0
-    return gray_rank((signs.long() << torch.arange(r, device=x.device)).sum(-1), r)
+    places, small = torch.arange(r, device=device), torch.int16 if r < 16 else torch.int32
+    signs = ((x.detach().to(wide(x)) @ directions.to(wide(x))) > 0 for x in tokens)
+    return [gray_rank((y.long() << places).sum(-1), r).to(small) for y in signs]
 
 
 def gray_rank(code: Tensor, bits: int) -> Tensor:
@@ -232,10 +238,10 @@ def _part_weights(q: Tensor, k: Tensor, plan: Plan, starts: bool) -> Tensor:
     n, m = q.shape[2], k.shape[2]
     if n < plan.min_seq_len:
         return q.new_ones(q.shape[0], q.shape[1], n, m, dtype=wide(q))
-    hashed = bucket(k, plan)
+    asks, hashed = buckets(plan, q, k)
     order = hashed.argsort(dim=-1, stable=True)
-    rank = order.argsort(-1)
-    own = _query_blocks(bucket(q, plan), hashed.gather(-1, order), plan)
+    rank = _ranks(order)
+    own = _query_blocks(asks, hashed.gather(-1, order), plan)
     (rank,) = per_head(q, rank)
     drawn = (rank.unsqueeze(-1) == _places(m, plan, q.device)).sum(-1).to(wide(q)) * (m / plan.sample_size)
     w = torch.where(own.unsqueeze(-1) == (rank // plan.block_size).unsqueeze(-2), 1.0, drawn.unsqueeze(-2))
@@ -253,13 +259,20 @@ def _query_blocks(asks: Tensor, keys: Tensor, plan: Plan) -> Tensor:
     """Block ``[B, H, N]`` of each query, from the queries' buckets ``[B, H, N]`` and the keys' sorted ones ``[B, G, M]``."""
     n, m = asks.shape[-1], keys.shape[-1]
     if plan.match == "rank":
-        return asks.argsort(dim=-1, stable=True).argsort(-1) * -(-m // plan.block_size) // n
-    (keys,) = per_head(asks, keys)
+        return _ranks(asks.argsort(dim=-1, stable=True)) * -(-m // plan.block_size) // n
+    asks, keys = asks.contiguous(), per_head(asks, keys)[0].contiguous()
     low, high = torch.searchsorted(keys, asks), torch.searchsorted(keys, asks, right=True)
     share = (
         (2 * torch.arange(n, device=asks.device) + 1) * (high - low) // (2 * n)
     )  # later queries: later keys of the bucket
     return (low + share).clamp(max=m - 1) // plan.block_size
+
+
+def _ranks(order: Tensor) -> Tensor:
+    """The inverse of permutations ``[B, H, N]``."""
+    return torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
 
 
 def _listed(q: Tensor, k: Tensor, causal: bool, plan: Plan) -> list[list[tuple[int, float]]]:
@@ -317,38 +330,47 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, causal: bool, plan: Plan) -> Tensor:
     if _is_exact(n, m, causal, plan):
         return sdpa(q, k, v, causal=causal, scale=plan.scale)
     starts = torch.ones(q.shape[0], dtype=torch.bool, device=q.device)
+    asks, hashed = buckets(plan, q, k)  # of all tokens at once: they do not depend on the part
     if not causal:
-        return _part(q, k, v, plan, starts)[0]
-    out, lse = _causal(q, k[:, :, m - n :], v[:, :, m - n :], plan, starts if m == n else ~starts)
+        return _part(q, k, v, asks, hashed, plan, starts)[0]
+    new_k, new_v, new = k[:, :, m - n :], v[:, :, m - n :], hashed[..., m - n :]
+    out, lse = _causal(q, new_k, new_v, asks, new, plan, starts if m == n else ~starts)
     if m > n:
-        earlier = _part(q, k[:, :, : m - n], v[:, :, : m - n], replace(plan, part=-1), starts)
+        k, v, hashed = k[:, :, : m - n], v[:, :, : m - n], hashed[..., : m - n]
+        earlier = _part(q, k, v, asks, hashed, replace(plan, part=-1), starts)
         out, lse = merge(earlier, (out, lse))
     return out
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, plan: Plan, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Out ``[B, H, N, E]`` and lse ``[B, H, N]``; both halves of all rows at once."""
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, asks: Tensor, hashed: Tensor, plan: Plan, starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Out ``[B, H, N, E]`` and lse ``[B, H, N]``; both halves of all rows at once. Buckets as in `sorted_part`."""
     n = q.shape[2]
     if n <= plan.min_seq_len:
         return attend_lse(q, k, v, scale=plan.scale, causal=True)
     if n % 2:
         q, k, v = (_even(x, n + 1) for x in (q, k, v))
+        asks, hashed = (F.pad(x, (0, 1)) for x in (asks, hashed))  # a row of zeros has no positive sign: bucket 0
     b, half = q.shape[0], q.shape[2] // 2
-    apart = [x.unflatten(2, (2, half)).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [2 B, H, N / 2, .]
+    every = (q, k, v, asks, hashed)
+    apart = [x.unflatten(2, (2, half)).transpose(1, 2).flatten(0, 1) for x in every]  # [2 B, H, N / 2, .]
     first = torch.stack([starts, torch.zeros_like(starts)], 1).flatten()
-    out, lse = _causal(apart[0], apart[1], apart[2], replace(plan, part=plan.part + 1), first)
+    out, lse = _causal(apart[0], apart[1], apart[2], apart[3], apart[4], replace(plan, part=plan.part + 1), first)
     out, lse = out.unflatten(0, (b, 2)), lse.unflatten(0, (b, 2))
-    across = _part(q[:, :, half:], k[:, :, :half], v[:, :, :half], plan, starts)
+    late_q, late_asks = q[:, :, half:], asks[..., half:]
+    across = _part(late_q, k[:, :, :half], v[:, :, :half], late_asks, hashed[..., :half], plan, starts)
     late, late_lse = merge((out[:, 1], lse[:, 1]), across)
     return torch.cat([out[:, 0], late], 2)[:, :, :n], torch.cat([lse[:, 0], late_lse], 2)[:, :, :n]
 
 
-def _part(q: Tensor, k: Tensor, v: Tensor, plan: Plan, starts: Tensor) -> tuple[Tensor, Tensor]:
+def _part(
+    q: Tensor, k: Tensor, v: Tensor, asks: Tensor, hashed: Tensor, plan: Plan, starts: Tensor
+) -> tuple[Tensor, Tensor]:
     """Queries over earlier keys: their block and the sample. starts ``[B]``: these keys begin the sequence."""
     if q.shape[2] < plan.min_seq_len:
         return attend_lse(q, k, v, scale=plan.scale)
-    hashed = bucket(k, plan)
-    return sorted_part(q, k, v, bucket(q, plan), hashed, plan, starts)
+    return sorted_part(q, k, v, asks, hashed, plan, starts)
 
 
 def sorted_part(
@@ -414,8 +436,8 @@ def _tiles(own: Tensor, blocks: int, tile: int, count: int) -> tuple[Tensor, Ten
     count: T, enough for all blocks: where they are even, one tile each, else N // tile more.
     """
     n = own.shape[-1]
-    grouped, order = own.sort(dim=-1, stable=True)
-    every = torch.arange(blocks, device=own.device).expand(*own.shape[:2], blocks).contiguous()
+    grouped, order = own.to(torch.int16 if blocks < 1 << 15 else torch.int32).sort(dim=-1, stable=True)
+    every = torch.arange(blocks, dtype=grouped.dtype, device=own.device).expand(*own.shape[:2], blocks).contiguous()
     begin, end = torch.searchsorted(grouped, every), torch.searchsorted(grouped, every, right=True)
     last = (-(-(end - begin) // tile)).cumsum(-1)  # tiles up to each block
     number = torch.arange(count, device=own.device).expand(*own.shape[:2], count).contiguous()

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qkv.core.errors import StateError
 from qkv.core.operator import Operator, OperatorSpec
 from qkv.core.spec import Extra, Learnt, Limit, param
 from qkv.core.state import State
@@ -277,6 +278,10 @@ def _memory(q: Tensor, v: Tensor, state: State | None, rule: Rule) -> Memory:
         empty = q.new_zeros(shape, dtype=wide(q))
         return Memory(empty, retained(empty, rule), torch.zeros(b, dtype=torch.int64, device=q.device))
     state.of("miras", state=shape, frozen=shape, count=(b,))
+    into = state["count"]
+    if into.device.type == "cpu" and not torch.compiler.is_compiling() and int(into.max()) >= rule.chunk_size:
+        raise StateError(f"miras: the state is {int(into.max())} tokens into a chunk, chunk_size={rule.chunk_size} ends before; "
+                         "go on with the chunk size that made it")  # fmt: skip
     return Memory(state["state"], state["frozen"], state["count"])
 
 

@@ -112,7 +112,7 @@ class CausalLM(Saved):
 
     @property
     def _owner(self) -> str:
-        return f"{self.kind} of {', '.join(m.id for m in self.config.methods)}"
+        return f"{self.kind} of {', '.join(map(str, self.config.methods))}"
 
     def _parts(self, state: State) -> list[State]:
         """The layers' states. Raises `StateError` for the state of another model."""
