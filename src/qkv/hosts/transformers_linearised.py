@@ -11,24 +11,31 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from qkv.core.errors import InvalidInput, Refused, StateError
+from qkv.core.errors import Refused
+from qkv.hosts._decoder import DecoderAttention
 from qkv.hosts.transformers import QKVLayer, attention_function
 from qkv.layers._linearised import LinearisedProjections, LinearisedShape, packed
 from qkv.layers._linearised_memory import LinearisedMemory
 
 
 @final
-class TransformersLinearisedAttention(LinearisedProjections):
+class TransformersLinearisedAttention(DecoderAttention, LinearisedProjections):
     """See the module. config, layer_idx: of the module it replaces."""
 
-    is_causal = True
+    memory = LinearisedMemory
+    keeps = "keeps a ring and a recurrent state"
 
     def __init__(self, shape: LinearisedShape, config: Any, layer_idx: int, **factory: Any) -> None:
         super().__init__(shape, **factory)
-        self.config, self.layer_idx, self.scaling = config, layer_idx, shape.scale
-        self.num_heads, self.num_key_value_heads = shape.heads, shape.kv_heads
-        self.num_key_value_groups = shape.heads // shape.kv_heads
-        self.head_dim, self.v_head_dim = shape.head_dim, shape.value_dim
+        self.stand_in(
+            config,
+            layer_idx,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            value_dim=shape.value_dim,
+        )
+        self.scaling = shape.scale
 
     def qkv_cache_layer(self) -> QKVLayer:
         """A fresh cache layer: a ring and a recurrent state."""
@@ -47,31 +54,18 @@ class TransformersLinearisedAttention(LinearisedProjections):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As `LlamaAttention.forward`; a cache must hold this layer's own `qkv_cache_layer`."""
-        if position_embeddings is None:
-            raise InvalidInput(
-                "a converted attention needs position_embeddings=(cos, sin), as the decoder layer passes them"
-            )
-        cos, sin = position_embeddings
+        cos, sin = self.angles(position_embeddings)
         if past_key_values is None:
             state = self.__dict__.get("_qkv")
             if state is not None:
                 state.tally.calls += 1
             return self.o_proj(self.heads(hidden_states, cos, sin, _real(attention_mask, hidden_states.shape[1]))), None
-        self._check(past_key_values)
+        self.check_cache(past_key_values)
         tokens = self.read(hidden_states, cos, sin)
         query, key = packed(tokens, self.shape)
         key, value = past_key_values.update(key, tokens.v, self.layer_idx)
         out, _ = attention_function(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return self.o_proj(out.flatten(2)), None
-
-    def _check(self, cache: Any) -> None:
-        layers = getattr(cache, "layers", [])
-        layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
-        if not isinstance(getattr(layer, "memory", None), LinearisedMemory):
-            raise StateError(
-                f"layer {self.layer_idx} keeps a ring and a recurrent state and was given a {type(layer).__name__}; leave "
-                "past_key_values out, or pass a fresh DynamicCache()"
-            )
 
 
 def _real(mask: Tensor | None, n: int) -> Tensor | None:

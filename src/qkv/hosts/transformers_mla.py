@@ -12,13 +12,13 @@ from typing import Any, final
 from torch import Tensor
 
 from qkv.caches._stores.latent import LatentCache
-from qkv.core.errors import InvalidInput, StateError
+from qkv.hosts._decoder import DecoderAttention
 from qkv.hosts.transformers import QKVLayer, attention_function
 from qkv.layers.mla import LatentProjections, MLAShape
 
 
 @final
-class TransformersMLA(LatentProjections):
+class TransformersMLA(DecoderAttention, LatentProjections):
     """MLA behind the forward signature of `LlamaAttention`.
 
     config, layer_idx: of the module it replaces. stride, repeat: see the module's docstring. full_width: numbers a token that
@@ -26,18 +26,19 @@ class TransformersMLA(LatentProjections):
     """
 
     qkv_attention = True
-    is_causal = True
+    memory = LatentCache
+    keeps = "caches latents"
 
     def __init__(
         self, shape: MLAShape, config: Any, layer_idx: int, *, stride: int, repeat: int, full_width: int,
         dropout: float = 0.0, **factory: Any,
     ) -> None:  # fmt: skip
         super().__init__(shape, **factory)
-        self.config, self.layer_idx, self.attention_dropout = config, layer_idx, dropout
-        self.stride, self.repeat, self.full_width = stride, repeat, full_width
-        self.num_heads, self.num_key_value_heads = shape.heads, shape.kv_heads
-        self.num_key_value_groups = shape.heads // shape.kv_heads
-        self.head_dim, self.v_head_dim = shape.nope_dim + shape.rope_dim, shape.value_dim
+        self.stand_in(
+            config, layer_idx, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.nope_dim + shape.rope_dim,
+            value_dim=shape.value_dim,
+        )  # fmt: skip
+        self.attention_dropout, self.stride, self.repeat, self.full_width = dropout, stride, repeat, full_width
 
     def qkv_cache_layer(self) -> QKVLayer:
         """A fresh cache layer that holds latents and rotary keys."""
@@ -57,28 +58,15 @@ class TransformersMLA(LatentProjections):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As `LlamaAttention.forward`; a cache must hold this layer's own `qkv_cache_layer`."""
-        if position_embeddings is None:
-            raise InvalidInput(
-                "a converted attention needs position_embeddings=(cos, sin), as the decoder layer passes them"
-            )
-        cos, sin = (self.columns(x) for x in position_embeddings)
+        cos, sin = (self.columns(x) for x in self.angles(position_embeddings))
         query, key, value = self.project(hidden_states, cos, sin)
         if past_key_values is None:
             key, value = self.expand(key, value)
         else:
-            self._check(past_key_values)
+            self.check_cache(past_key_values)
             key, value = past_key_values.update(key, value, self.layer_idx)
         out, _ = attention_function(
             self, query, key, value, attention_mask,
             dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling, **kwargs,
         )  # fmt: skip
         return self.o_proj(out.flatten(2)), None
-
-    def _check(self, cache: Any) -> None:
-        layers = getattr(cache, "layers", [])
-        layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
-        if not isinstance(getattr(layer, "memory", None), LatentCache):
-            raise StateError(
-                f"layer {self.layer_idx} caches latents and was given a {type(layer).__name__}; leave past_key_values out, or "
-                "pass a fresh DynamicCache()"
-            )
