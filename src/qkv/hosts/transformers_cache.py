@@ -62,7 +62,7 @@ class QKVLayer(DynamicLayer):
         now = self.state.session.model.config._attn_implementation
         if now != "qkv":
             return (
-                f"{self.state.site.name}: the model's attention implementation was set to {now!r} after qkv.apply; set it before, "
+                f"{self.state.site.name}: the attention implementation was set to {now!r} after qkv.apply; set it before, "
                 "or call qkv.revert first"
             )
         return (
@@ -88,12 +88,13 @@ class QKVLayer(DynamicLayer):
         self.memory.record()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens (a count <= 0, as in transformers 5)."""
-        if tokens_to_remove > 0:
-            raise InvalidInput(f"crop takes the number of tokens to remove as a negative count, got {tokens_to_remove}")
-        self.running.crop(-tokens_to_remove)
+        """Forget the newest tokens (a count <= 0, as in transformers 5; some versions give it as a tensor)."""
+        tokens = -int(tokens_to_remove)
+        if tokens < 0:
+            raise InvalidInput(f"crop takes the number of tokens to remove as a negative count, got {-tokens}")
+        self.running.crop(tokens)
         self.decoded = None
-        self.memory.crop(-tokens_to_remove)
+        self.memory.crop(tokens)
 
     def reset(self) -> None:
         """Forget everything."""
