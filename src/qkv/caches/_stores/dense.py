@@ -31,8 +31,41 @@ def rearranged(x: Tensor, rows: Tensor) -> Tensor:
     return x.copy_(new) if new.shape == x.shape else new
 
 
+class Columns(LayerCache):
+    """Base of memories that hold every token, in the slot of its logical column.
+
+    seen: columns held. padding: the host's own mask of them (never written to) or None. room: slots to allocate at once.
+    """
+
+    seen: int
+    room: int
+    padding: Tensor | None
+
+    def reserve(self, tokens: int) -> None:
+        """Allocate room for `tokens` at once, so that decoding never moves the buffers."""
+        self.room = tokens
+
+    def advance(self) -> None:
+        """See `LayerCache.advance`."""
+        self.seen += 1
+        if self.padding is not None:
+            self.padding = torch.nn.functional.pad(self.padding, (0, self.seen - self.padding.shape[1]), value=True)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest `tokens`; nothing is copied."""
+        if tokens > self.seen:
+            raise StateError(f"cannot forget {tokens} tokens of a cache that holds {self.seen}")
+        self.seen -= tokens
+        if self.padding is not None:
+            self.padding = self.padding[:, : self.seen]
+
+    def kept(self) -> int:
+        """All tokens seen."""
+        return self.seen
+
+
 @final
-class DenseCache(LayerCache):
+class DenseCache(Columns):
     """Keys ``[B, G, capacity, D]`` and values ``[B, G, capacity, E]``; the slot of a token is its logical column.
 
     tree: what computes blocks that come with a mask of their own, set by a decoding loop whose masks hide nothing before the
@@ -47,7 +80,7 @@ class DenseCache(LayerCache):
         """Forget everything."""
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
-        self.padding: Tensor | None = None
+        self.padding = None
         self.left_padded = True
         self.tree: Compute | None = None
         self.room = 0
@@ -97,10 +130,6 @@ class DenseCache(LayerCache):
         self.seen = total
         return self.keys[:, :, :total], self.values[:, :, :total]
 
-    def reserve(self, tokens: int) -> None:
-        """Allocate room for `tokens` at once, so that decoding never moves the buffers."""
-        self.room = tokens
-
     def static(self) -> bool:
         """On CUDA, with room for the token, and padding (if any) on the left."""
         if self.keys is None or self.seen >= self.keys.shape[2] or not served(self.keys):
@@ -117,23 +146,9 @@ class DenseCache(LayerCache):
             q, self.keys, self.values, length=now.length, start=now.start, scale=scale
         )[0]
 
-    def advance(self) -> None:
-        """See `LayerCache.advance`."""
-        self.seen += 1
-        if self.padding is not None:
-            self.padding = torch.nn.functional.pad(self.padding, (0, self.seen - self.padding.shape[1]), value=True)
-
     def buffers(self) -> tuple[Tensor, ...]:
         """Keys and values."""
         return () if self.keys is None or self.values is None else (self.keys, self.values)
-
-    def crop(self, tokens: int) -> None:
-        """Forget the newest `tokens`; nothing is copied."""
-        if tokens > self.seen:
-            raise StateError(f"cannot forget {tokens} tokens of a cache that holds {self.seen}")
-        self.seen -= tokens
-        if self.padding is not None:
-            self.padding = self.padding[:, : self.seen]
 
     def select(self, rows: Tensor) -> None:
         """See `LayerCache.select`."""
@@ -146,10 +161,6 @@ class DenseCache(LayerCache):
         """Bytes of the buffers, unused capacity included, and of the host's padding mask where there is one."""
         mask = 0 if self.padding is None else self.padding.untyped_storage().nbytes()
         return mask + sum(x.numel() * x.element_size() for x in (self.keys, self.values) if x is not None)
-
-    def kept(self) -> int:
-        """All tokens seen."""
-        return self.seen
 
     def positions(self) -> Tensor:
         """``[B, G, seen]``."""

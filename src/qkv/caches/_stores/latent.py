@@ -17,9 +17,9 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
-from qkv.caches._stores.dense import grown, resized
+from qkv.caches._stores.dense import Columns, grown, resized
 from qkv.core.attend import causal_mask, sdpa
-from qkv.core.cache import LayerCache, Now, Step
+from qkv.core.cache import Now, Step
 from qkv.core.errors import StateError
 from qkv.core.kernel import kernel, served
 
@@ -79,7 +79,7 @@ def _tile(device: torch.device, size: int, heads: int, width: int, rank: int) ->
 
 
 @final
-class LatentCache(LayerCache):
+class LatentCache(Columns):
     """Rows ``[B, 1, capacity, r + p]``; the slot of a token is its logical column. Grows by a small share.
 
     up: the layer's projections (shared with the layer, also by copies of this memory). full_width: numbers a token that the
@@ -93,7 +93,7 @@ class LatentCache(LayerCache):
     def reset(self) -> None:
         """Forget everything."""
         self.rows: Tensor | None = None
-        self.padding: Tensor | None = None
+        self.padding = None
         self.left_padded = True
         self.tile: tuple[int, int] | None = None  # of the decoding kernel, where it runs
         self.rank = self.room = self.seen = 0
@@ -154,10 +154,6 @@ class LatentCache(LayerCache):
         )
         return self.up.lift(out)
 
-    def reserve(self, tokens: int) -> None:
-        """Allocate room for `tokens` at once, so that decoding never moves the buffer."""
-        self.room = tokens
-
     def static(self) -> bool:
         """Where the decoding kernel runs, with room for the token, and padding (if any) on the left."""
         ready = self.tile is not None and self.left_padded
@@ -170,25 +166,11 @@ class LatentCache(LayerCache):
         self.seen += 1
         return self._read(q, now.length, now.start, scale)
 
-    def advance(self) -> None:
-        """See `LayerCache.advance`."""
-        self.seen += 1
-        if self.padding is not None:
-            self.padding = torch.nn.functional.pad(self.padding, (0, self.seen - self.padding.shape[1]), value=True)
-
     def buffers(self) -> tuple[Tensor, ...]:
         """The rows."""
         return () if self.rows is None else (self.rows,)
 
     # -- the rest of the contract ---------------------------------------------------------------------------------
-
-    def crop(self, tokens: int) -> None:
-        """Forget the newest `tokens`; nothing is copied."""
-        if tokens > self.seen:
-            raise StateError(f"cannot forget {tokens} tokens of a cache that holds {self.seen}")
-        self.seen -= tokens
-        if self.padding is not None:
-            self.padding = self.padding[:, : self.seen]
 
     def select(self, rows: Tensor) -> None:
         """See `LayerCache.select`."""
@@ -204,10 +186,6 @@ class LatentCache(LayerCache):
     def full_bytes(self, k: Tensor, v: Tensor) -> int:
         """See `LayerCache.full_bytes`."""
         return k.shape[0] * self.seen * self.full_width * k.element_size()
-
-    def kept(self) -> int:
-        """All tokens seen."""
-        return self.seen
 
     def positions(self) -> Tensor:
         """``[B, 1, seen]``."""
