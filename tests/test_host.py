@@ -412,7 +412,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch) -> None:
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("json.dump", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(SavedDataError, match="No space left"):
         qkv.save(model, tmp_path / "saved")
     assert (tmp_path / "saved" / "qkv.json").read_bytes() == before

@@ -9,16 +9,14 @@ student/                    the result, for from_pretrained (converted: qkv.load
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import qkv
 from qkv.core.errors import SavedDataError, StorageError, TrainingError
-from qkv.core.files import sha256_of, write_whole
+from qkv.core.files import sha256_of, whole_folder, write_whole
 
 FORMAT = 1
 MANIFEST = "qkv.json"
@@ -80,26 +78,12 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
     """Let `write` fill a folder beside `target`, seal it and move it there: all of it appears, or nothing changes."""
-    old: Path | None = None
-    temporary: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        write(temporary)
-        seal(temporary, facts)
-        temporary.chmod(0o755)
-        if target.exists():
-            old = target.with_name(f".{target.name}.old-{os.getpid()}")
-            os.replace(target, old)
-        os.replace(temporary, target)
+        with whole_folder(target) as temporary:
+            write(temporary)
+            seal(temporary, facts)
     except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError or OSError
-        if old is not None and not target.exists():
-            os.replace(old, target)
         raise StorageError(f"{target} could not be written ({error}); what was there is untouched") from error
-    finally:
-        for rest in (temporary, old):
-            if rest is not None and rest.exists():
-                shutil.rmtree(rest, ignore_errors=True)
 
 
 def verified(checkpoint: Path) -> dict[str, Any]:

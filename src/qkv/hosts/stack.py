@@ -6,9 +6,6 @@ import functools
 import hashlib
 import importlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +19,7 @@ from qkv.core import registry
 from qkv.core.attend import sdpa
 from qkv.core.cache import CacheMethod, Compute
 from qkv.core.errors import InvalidInput, NeverFired, Refused, SavedDataError, UnknownName
+from qkv.core.files import sha256_of, whole_folder, write_whole
 from qkv.core.operator import Operator
 from qkv.core.pattern import Pattern
 from qkv.core.site import Site
@@ -363,34 +361,19 @@ def write_folder(path: str | Path, manifest: dict[str, Any], tensors: dict[str, 
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not (path / "qkv.json").is_file():
             raise SavedDataError(f"{path} exists and is not a folder saved by qkv; choose another, or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    old: Path | None = None
     try:
-        files = {}
-        if tensors:
-            target = temporary / "tensors.safetensors"
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, target)
-            files["tensors.safetensors"] = {"bytes": target.stat().st_size, "sha256": _sha(target)}
-        manifest = {"format": FORMAT, "qkv": qkv.__version__, "files": files, **manifest}
-        with open(temporary / "qkv.json", "w", encoding="utf-8") as f:
-            json.dump(manifest, f, indent=1, sort_keys=True)
-            f.flush()
-            os.fsync(f.fileno())
-        if path.exists():
-            old = path.with_name(f".{path.name}.old-{os.getpid()}")
-            os.replace(path, old)
-        os.replace(temporary, path)
+        with whole_folder(path) as temporary:
+            files = {}
+            if tensors:
+                target = temporary / "tensors.safetensors"
+                save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, target)
+                files["tensors.safetensors"] = {"bytes": target.stat().st_size, "sha256": sha256_of(target)}
+            manifest = {"format": FORMAT, "qkv": qkv.__version__, "files": files, **manifest}
+            write_whole(temporary / "qkv.json", json.dumps(manifest, indent=1, sort_keys=True))
     except OSError as error:
-        if old is not None and not path.exists():
-            os.replace(old, path)
         raise SavedDataError(
             f"{path} could not be written ({error}); nothing was changed. Free some space or choose another place"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old is not None and path.exists():
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def read_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -426,21 +409,13 @@ def read_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise SavedDataError(
                 f"{target} has {target.stat().st_size} bytes, the manifest says {facts}: truncated or damaged"
             )
-        if _sha(target) != facts.get("sha256"):
+        if sha256_of(target) != facts.get("sha256"):
             raise SavedDataError(f"{target} is damaged: its checksum differs from the manifest's")
         try:
             tensors |= load_file(target)
         except SafetensorError as error:
             raise SavedDataError(f"{target} is not a safetensors file: {error}") from error
     return manifest, tensors
-
-
-def _sha(path: Path) -> str:
-    h = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            h.update(block)
-    return h.hexdigest()
 
 
 def load(path: str | Path, model: Any, *, resolve: Callable[..., Any], **options: Any) -> Any:
