@@ -24,7 +24,8 @@ Han et al. 2023, HyperAttention: Long-context Attention in Near-Linear Time, arX
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, final
 
 import torch
@@ -35,6 +36,7 @@ from qkv.core.attend import sdpa
 from qkv.core.errors import Refused
 from qkv.core.merge import merge
 from qkv.core.operator import Operator, OperatorSpec, Wiring
+from qkv.core.rows import take_head_rows
 from qkv.core.spec import Limit, param
 from qkv.ops._common.fused import attend_lse
 from qkv.ops._common.states import per_head, wide
@@ -46,7 +48,10 @@ Match = Literal["auto", "rank", "bucket"]
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings of one part; `part` numbers the parts so that each draws its own sample."""
+    """The settings of one part; `part` numbers the parts so that each draws its own sample.
+
+    draws: the numbers of the directions and of the samples of parts -1, 0, 1 ..., where a call has made them all at once.
+    """
 
     scale: float
     block_size: int
@@ -57,6 +62,7 @@ class Plan:
     match: str
     seed: int
     part: int = 0
+    draws: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
 
 def reference(
@@ -125,7 +131,8 @@ def bucket(x: Tensor, plan: Plan) -> Tensor:
 def buckets(plan: Plan, *tokens: Tensor) -> list[Tensor]:
     """`bucket` of several tensors in the same directions; in small integers, which sort faster."""
     d, r, device = tokens[0].shape[-1], plan.lsh_num_projs, tokens[0].device
-    u, angle = uniform(2 * d * r, plan.seed, -1, device).reshape(2, d, r)
+    numbers = plan.draws[0] if plan.draws else uniform(2 * d * r, plan.seed, -1, device)
+    u, angle = numbers.reshape(2, d, r)
     directions = ((-2 * u.log()).sqrt() * (2 * math.pi * angle).cos()).float()  # normal, by Box and Muller
     places, small = torch.arange(r, device=device), torch.int16 if r < 16 else torch.int32
     signs = ((x.detach().to(wide(x)) @ directions.to(wide(x))) > 0 for x in tokens)
@@ -142,10 +149,17 @@ def gray_rank(code: Tensor, bits: int) -> Tensor:
 
 def uniform(count: int, seed: int, part: int, device: torch.device) -> Tensor:
     """Numbers in (0, 1) ``[count]``, float64, that depend on seed and part alone: a hash of their index."""
+    return uniforms((count,), seed, (part,), device)[0]
+
+
+def uniforms(counts: Sequence[int], seed: int, parts: Sequence[int], device: torch.device) -> list[Tensor]:
+    """`uniform` of several parts, hashed together: on a GPU the launches are what it costs."""
     mask = 0xFFFFFFFF
-    start = _mixed(_mixed(seed & mask) + 0x9E3779B9 * (part + 2) & mask)
-    x = _mixed((_mixed(torch.arange(count, device=device) + start & mask) + start) & mask)
-    return (x.to(torch.float64) + 0.5) / 2.0**32
+    starts = [_mixed(_mixed(seed & mask) + 0x9E3779B9 * (p + 2) & mask) for p in parts]
+    index = torch.cat([torch.arange(n, device=device) for n in counts])
+    start = torch.cat([torch.full((n,), s, device=device) for n, s in zip(counts, starts, strict=True)])
+    x = _mixed((_mixed(index + start & mask) + start) & mask)
+    return list(((x.to(torch.float64) + 0.5) / 2.0**32).split(list(counts)))
 
 
 def _mixed(x):  # type: ignore[no-untyped-def]
@@ -252,7 +266,17 @@ def _part_weights(q: Tensor, k: Tensor, plan: Plan, starts: bool) -> Tensor:
 
 def _places(m: int, plan: Plan, device: torch.device) -> Tensor:
     """The places ``[sample_size]`` drawn in the sorted order of M keys."""
-    return (uniform(plan.sample_size, plan.seed, plan.part, device) * m).long().clamp(max=m - 1)
+    numbers = plan.draws[plan.part + 2] if plan.draws else uniform(plan.sample_size, plan.seed, plan.part, device)
+    return (numbers * m).long().clamp(max=m - 1)
+
+
+def _drawn(plan: Plan, n: int, q: Tensor) -> Plan:
+    """The plan with all numbers that a call of N queries draws."""
+    parts = [-1, 0]
+    while n > plan.min_seq_len:
+        n, parts = (n + 1) // 2, [*parts, len(parts) - 1]
+    counts = [2 * q.shape[-1] * plan.lsh_num_projs, *(plan.sample_size for _ in parts)]
+    return replace(plan, draws=tuple(uniforms(counts, plan.seed, [-1, *parts], q.device)))
 
 
 def _query_blocks(asks: Tensor, keys: Tensor, plan: Plan) -> Tensor:
@@ -330,6 +354,7 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, causal: bool, plan: Plan) -> Tensor:
     if _is_exact(n, m, causal, plan):
         return sdpa(q, k, v, causal=causal, scale=plan.scale)
     starts = torch.ones(q.shape[0], dtype=torch.bool, device=q.device)
+    plan = _drawn(plan, n, q)
     asks, hashed = buckets(plan, q, k)  # of all tokens at once: they do not depend on the part
     if not causal:
         return _part(q, k, v, asks, hashed, plan, starts)[0]
@@ -384,20 +409,20 @@ def sorted_part(
     share = -(-n // blocks)  # queries of a block where they are even
     tile = share if plan.match == "rank" else min(TILE, max(16, -(-share // 2)))
     slots, tile_block = _tiles(own, blocks, tile, blocks if plan.match == "rank" else n // tile + blocks)
-    asked = _picked(q, slots.clamp(max=n - 1))  # [B, H, T, C, D]
+    asked = take_head_rows(q, slots.clamp(max=n - 1))  # [B, H, T, C, D]
     (order,) = per_head(q, order)
     outs, lses = [], []
     step = max(1, HELD // max(1, b * h * (size + plan.sample_size + plan.always_keys) * max(d, e)))
     for now, part in zip(tile_block.split(step, 2), asked.split(step, 2), strict=True):
         which, bias = _keys_of(now, order, plan, starts, wide(q))
-        keys, values = (_picked(x, which).flatten(0, 2).unsqueeze(1) for x in (k, v))  # [B H t, 1, b + m, .]
+        keys, values = (take_head_rows(x, which).flatten(0, 2).unsqueeze(1) for x in (k, v))  # [B H t, 1, b + m, .]
         out, lse = attend_lse(
             part.flatten(0, 2).unsqueeze(1), keys, values, scale=plan.scale, bias=bias.flatten(0, 2).unsqueeze(1)
         )
         outs.append(out.reshape(b, h, -1, e))
         lses.append(lse.reshape(b, h, -1))
     at = _inverse(slots, n)
-    return _picked(torch.cat(outs, 2), at), torch.cat(lses, 2).gather(2, at)
+    return take_head_rows(torch.cat(outs, 2), at), torch.cat(lses, 2).gather(2, at)
 
 
 def _keys_of(block: Tensor, order: Tensor, plan: Plan, starts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -419,15 +444,6 @@ def _keys_of(block: Tensor, order: Tensor, plan: Plan, starts: Tensor, dtype: to
     front = torch.arange(always, device=block.device).expand(b, h, t, always)
     alone = bias.new_zeros(b, h, t, always).masked_fill(~first, -torch.inf)
     return torch.cat([which, front], -1), torch.cat([bias, alone], -1)
-
-
-def _picked(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``[B, G, M, D]`` by ``[B, H, ...]`` indices into M: ``[B, H, ..., D]``; heads of a group read its rows."""
-    b, g, m, d = x.shape
-    head = torch.arange(index.shape[1], device=x.device) // (index.shape[1] // g)
-    start = (torch.arange(b, device=x.device)[:, None] * g + head) * m  # [B, H]
-    rows = (index + start.reshape(*start.shape, *(1,) * (index.ndim - 2))).flatten()
-    return x.reshape(-1, d).index_select(0, rows).reshape(*index.shape, d)
 
 
 def _tiles(own: Tensor, blocks: int, tile: int, count: int) -> tuple[Tensor, Tensor]:

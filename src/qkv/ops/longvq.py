@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.core.operator import Operator, OperatorSpec, Wiring
+from qkv.core.rows import take_head_rows
 from qkv.core.spec import Extra, Learnt, Place, param
 from qkv.core.state import State
 from qkv.ops._common.states import after, unrounded, wide
@@ -70,7 +71,7 @@ def reference(
     seen = there[:, None] & (age >= 0)
     near = place[:, None] // size >= t[:, :, None] // size - 1
     every = codebook.to(keys).expand(k.shape[0], -1, -1, -1)
-    quantised = every.gather(2, codes.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1]))
+    quantised = take_head_rows(every, codes)
     of = lambda x: x.repeat_interleave(repeat, 1).to(dtype)  # noqa: E731
     logits = torch.where(near[:, None], scale * (q @ of(keys).mT) + _bias(bias, age, q), scale * (q @ of(quantised).mT))
     counts = m.counts.repeat_interleave(repeat, 1).unsqueeze(2)
@@ -207,7 +208,7 @@ def quantise(k: Tensor, codebook: Tensor, exact: bool = False, straight_through:
     z = (far.square().sum(-1)[:, None] - 2 * near @ far.mT).argmin(-1)
     if exact:
         return z, k
-    quantised = codebook.expand(k.shape[0], -1, -1, -1).gather(2, z.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1]))
+    quantised = take_head_rows(codebook.expand(k.shape[0], -1, -1, -1), z)
     return z, k + (quantised - k).detach() if straight_through else quantised
 
 

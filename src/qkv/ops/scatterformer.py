@@ -29,6 +29,7 @@ from torch import Tensor
 from qkv.core.attend import readable
 from qkv.core.errors import InvalidInput
 from qkv.core.operator import Operator, OperatorSpec
+from qkv.core.rows import sum_rows, take_rows
 from qkv.core.spec import Extra, param
 from qkv.ops._common.states import per_head, wide
 
@@ -87,7 +88,7 @@ def fast(
     count = int(ranks[-1]) + 1 if readable(ranks) else b * n  # where values cannot be read, some segments stay empty
     borders = torch.searchsorted(ranks, torch.arange(count + 1, device=q.device))
     order = (order + n * torch.arange(b, device=q.device)[:, None]).flatten()
-    a, c, w = (_rows(x.transpose(1, 2).flatten(0, 1), order) for x in (_features(q, feature_map), keys, v.to(keys)))
+    a, c, w = (take_rows(x.transpose(1, 2).flatten(0, 1), order) for x in (_features(q, feature_map), keys, v.to(keys)))
     out = packed(a, c, w, borders, feature_map="identity", eps=eps, tile=tile)
     out = torch.zeros_like(out).index_copy(0, order, out)
     return out.unflatten(0, (b, n)).transpose(1, 2).to(q.dtype)
@@ -114,13 +115,13 @@ def packed(
     owner = torch.searchsorted(ends, torch.arange(tiles, device=q.device), right=True).clamp(max=s - 1)
     q, k, v = (x.new_zeros(tiles * tile, *x.shape[1:]).index_copy(0, slot, x) for x in (q, k, v))
     q, k, v = (x.unflatten(0, (tiles, tile)).transpose(1, 2) for x in (q, k, v))  # [tiles, H, tile, .]
-    memory = _summed(k.mT @ v, owner, s)  # KV with K as its last column, [S, H, D, E + 1]
+    memory = sum_rows(k.mT @ v, owner, s)  # KV with K as its last column, [S, H, D, E + 1]
     if neighbours is not None:
         some = torch.cat([memory, torch.zeros_like(memory[:1])])
         memory = torch.zeros_like(memory)
         for near in neighbours.remainder(s + 1).unbind(1):  # -1 is the empty row at the end
-            memory = memory + _rows(some, near)
-    out = (q @ _rows(memory, owner)).transpose(1, 2).flatten(0, 1).index_select(0, slot)
+            memory = memory + take_rows(some, near)
+    out = (q @ take_rows(memory, owner)).transpose(1, 2).flatten(0, 1).index_select(0, slot)
     return (out[..., :-1] / (out[..., -1:] + eps)).to(dtype)
 
 
@@ -188,17 +189,6 @@ def _check_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, neighbour
         )
     if neighbours is not None and bool(((neighbours < -1) | (neighbours >= s)).any()):
         raise InvalidInput(f"packed: neighbours must be segments from 0 to {s - 1}, or -1 for none")
-
-
-def _summed(x: Tensor, owner: Tensor, count: int) -> Tensor:
-    """Rows of `x` summed by owner, ``[count, ...]``; in a fixed order, on CUDA by a sort."""
-    zeros = x.new_zeros(count, *x.shape[1:])
-    return zeros.index_put((owner,), x, accumulate=True) if x.is_cuda else zeros.index_add(0, owner, x)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """``x[index]`` whose gradient sums in a fixed order."""
-    return x[index] if x.is_cuda else x.index_select(0, index)
 
 
 def _features(x: Tensor, feature_map: FeatureMap) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from qkv.core.attend import attend, check_qkv
 from qkv.core.errors import InvalidInput
 from qkv.core.plan import BlockPlan
+from qkv.core.rows import take_rows
 
 GATHER_ELEMENTS = 1 << 21  # gathered keys, values and mask entries held at once
 
@@ -75,7 +76,7 @@ def _execute(
     outs, lses, order = [], [], []
     for batch in _batches(plan, b, units, bk * (k.shape[-1] + v.shape[-1]) + r * bq * bk):
         order.append(batch.rows)
-        qx = queries.index_select(0, batch.rows).unsqueeze(1)
+        qx = take_rows(queries, batch.rows).unsqueeze(1)
         if batch.blocks.shape[1] == 0:
             outs.append(qx.new_zeros(*qx.shape[:3], v.shape[-1]))
             lses.append(qx.new_full(qx.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)))
@@ -83,7 +84,7 @@ def _execute(
         unit = batch.rows // qb  # [X], over (B, U)
         home = (unit // units * g + unit % units * g // units) * kb  # first block of the row's keys
         at = (home[:, None] + batch.blocks).flatten()
-        kx, vx = (t.index_select(0, at).reshape(len(qx), 1, -1, t.shape[-1]) for t in (keys, values))
+        kx, vx = (take_rows(t, at).reshape(len(qx), 1, -1, t.shape[-1]) for t in (keys, values))
         allowed = _test(plan, batch, units)
         if allowed is not None:
             allowed = (allowed.repeat(1, r, 1) if r > 1 else allowed).unsqueeze(1)  # [X|1, 1, R bq, L]
