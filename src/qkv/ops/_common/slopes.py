@@ -39,11 +39,8 @@ def decay_slopes(
         values = [8.0 * (h + 1) / heads * (1.0 - layer / layers) for h in range(heads)]
     else:
         values = [0.0] * heads
-    return (
-        _tensor(tuple(values), device)
-        if device is not None and device.type == "cuda"
-        else _tensor.__wrapped__(tuple(values), device)
-    )
+    kept = device is not None and device.type == "cuda" and not torch.compiler.is_compiling()
+    return (_tensor if kept else _tensor.__wrapped__)(tuple(values), device)
 
 
 @lru_cache(maxsize=256)
