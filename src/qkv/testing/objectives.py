@@ -211,7 +211,8 @@ def padding_changes_nothing(case: Case) -> None:
     "trainer relies on it to cut batches in pieces. Usual causes: a mean over micro-batches, a mean over the rectangle.",
 )
 def batch_is_mean_of_rows(case: Case) -> None:
-    """A batch against its rows one by one."""
+    """A batch against its rows one by one; a model's norms run in float32, which a device rounds by the shape of its input."""
+    tolerance = 1e-9 if case.device == "cpu" else 1e-6
     for couple in _couples(case):
         batch = _batch(case)
         want = couple.loss(case.method, batch).total
@@ -220,7 +221,7 @@ def batch_is_mean_of_rows(case: Case) -> None:
             couple.loss(case.method, {k: v[b : b + 1] for k, v in batch.items()}).total for b in range(len(LENGTHS))
         ]
         got = (torch.stack(rows) * weights).sum() / weights.sum()
-        close(got, want, rtol=1e-9, what=f"{couple.family}: weighted mean of the rows' losses")
+        close(got, want, rtol=tolerance, what=f"{couple.family}: weighted mean of the rows' losses")
 
 
 @law(

@@ -118,8 +118,7 @@ def neutral_is_the_model(case: Case) -> None:
     model, (ids, mask) = decoder(case.device, dtype=torch.float32), _prompt(case)
     if not qkv.plan(model, method).ok:
         return
-    with qkv.applied(model, "full"):
-        want = _logits(model, ids, mask)
+    want = _logits(model, ids, mask)  # of the model itself: `full` decodes with a kernel of its own on a device
     with qkv.applied(model, method):
         same(_logits(model, ids, mask), want, "logits at the neutral setting")
 

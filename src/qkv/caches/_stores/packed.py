@@ -589,8 +589,8 @@ class PackedCache(Recording):
 
     def bytes(self) -> int:
         """Bytes of codes, scales, zeros and residual, unused capacity and what recording holds included."""
-        held = (*(x for _, x in self._held()), *self._recorded())
-        return sum(x.numel() * x.element_size() for x in held)
+        held = [x.untyped_storage() for x in (*(x for _, x in self._held()), *self._recorded())]
+        return sum({x.data_ptr(): x.nbytes() for x in held}.values())
 
     def kept(self) -> int:
         """All tokens of the longest row."""
