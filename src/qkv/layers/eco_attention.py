@@ -5,7 +5,7 @@ r"""EcoFormer's attention as a layer: one projection for queries and keys, fitte
 `from_softmax` takes the projections of a softmax layer; one of its two score projections must stand for both (``tie``: the keys',
 the queries', or their mean), so the model is first fine-tuned with that one projection under softmax (``hashed=False``), then
 `fit` is called on tokens of the first batch of every epoch while it is fine-tuned on codes. The authors leave the last stage
-of a model with softmax.
+of a model with softmax. `qkv.models.vision.ecoformer` takes these steps with a pretrained model.
 
 Axes: B batch, N tokens, C channels, H heads.
 Liu et al. 2022, EcoFormer: Energy-Saving Attention with Linear Complexity, arXiv:2209.09004.

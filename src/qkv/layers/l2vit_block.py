@@ -4,8 +4,9 @@ r"""L2ViT's two blocks: linear attention over the whole picture with local conce
     window   x += dw3(x);  x += W_o softmax in windows of w x w (W y);  x += dw3(x);  x += MLP(LN(x))
 
 concentrate: depthwise 7 x 7, GELU, batch norm, depthwise 7 x 7. MLP: two layers with GELU. In each stage of the published models
-the even blocks are of windows, the odd ones global (`l2vit_layout`). Windows are filled up with zeros at the right and below;
-in the released code what was filled up attends and is attended, and so it does here unless ``mask_pad``.
+the even blocks are of windows, the odd ones global (`l2vit_layout`; `qkv.models.vision.published.l2vit` builds them). Windows
+are filled up with zeros at the right and below; in the released code what was filled up attends and is attended, and so it does
+here unless ``mask_pad``.
 
 Axes: B batch, N tokens of a grid (h, w), C channels.
 Zheng 2025, The Linear Attention Resurrection in Vision Transformer, arXiv:2501.16182.

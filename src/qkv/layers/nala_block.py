@@ -4,7 +4,7 @@ r"""NaLaFormer's block: norm-aware linear attention with a gate and local enhanc
     x += dw3(x);   x += a(LN(x));   x += dw3(x);   x += W_2 (h + dw3(h)) + b_2,   h = gelu(W_1 LN(x) + b_1)
 
 dw3, LePE: depthwise convolutions over the grid, 3 x 3 and 5 x 5. ``attention="softmax"`` is the block of the last two of four
-stages: the same with softmax over turned queries and keys.
+stages: the same with softmax over turned queries and keys. `qkv.models.vision.published.nalaformer` stacks them.
 
 Axes: B batch, N tokens of a grid (h, w), C channels, H heads.
 Meng et al. 2025, NaLaFormer: Norm-Aware Linear Attention for Transformer Models, arXiv:2506.21137.

@@ -5,7 +5,8 @@ r"""Based: linear attention whose features are the second-order Taylor expansion
 
 w >= 1/2 for every s, so the denominator never vanishes; but w grows again below s = -1: keep queries and keys small. With
 ``order=1``, w = 1 + s (which may be negative). In the published models a few of these layers stand beside sliding-window
-softmax layers and gated convolutions: `based_layout` says which is which; D is 16 there, from projections of their own.
+softmax layers and gated convolutions (`base-conv`): `based_layout` says which is which, `qkv.models.language.published.based`
+builds the model; D is 16 there, from projections of their own.
 
 State: KV ``[B, H, F, E]`` and K ``[B, H, F]`` over the packed features of the keys (the scale is on the query's side).
 
