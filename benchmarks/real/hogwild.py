@@ -33,7 +33,7 @@ def document(draw: random.Random, keys: dict[str, str], sentences: int) -> str:
     return "Important numbers are hidden in a lot of irrelevant text. Memorize them.\n" + "".join(lines)
 
 
-def passkeys(model, tokenizer, layout: str, trials: int, sentences: int) -> tuple[float, float]:
+def passkeys(model, tokenizer, layout: str, trials: int, sentences: int, bits: int = 16) -> tuple[float, float]:
     """(share of keys named rightly by two workers, bytes of the cache as a share of two caches) over several documents."""
     right, held = [], []
     for i in range(trials):
@@ -45,7 +45,7 @@ def passkeys(model, tokenizer, layout: str, trials: int, sentences: int) -> tupl
         late = tokenizer(LATE + second, add_special_tokens=False)["input_ids"]
         out = hogwild_generate(
             model, ["\n" + first, "\n"], layout=layout, max_steps=len(late) + 8, common=text, tokenizer=tokenizer,
-            headers=False, forced={1: late},
+            headers=False, forced={1: late}, bits=bits, group=64,
         )  # fmt: skip
         said = [tokenizer.decode(out.tokens[0, :8]), tokenizer.decode(out.tokens[1, len(late) :])]
         right += [key in answer for key, answer in zip(keys.values(), said, strict=True)]
@@ -106,6 +106,12 @@ def main() -> None:
                       "bytes of two caches": round(held, 4)})  # fmt: skip
         clock(layout, t0)
         print(table[-1], flush=True)
+    for bits in (8, 4, 2):
+        right, held = passkeys(model, tokenizer, "contiguous", trials, sentences, bits)
+        table.append({"layout": f"contiguous, {bits} bits", "pass keys right": round(right, 4), "code word picked up": "not asked",
+                      "bytes of two caches": round(held, 4)})  # fmt: skip
+        clock(f"{bits} bits", t0)
+        print(table[-1], flush=True)
     common = tokenizer(FILLER * 100)["input_ids"][:tokens]
     speeds = {}
     for workers in (1, 2, 4):
@@ -141,7 +147,9 @@ def main() -> None:
         Figure(f"code word picked up, {x}", by[x]["code word picked up"], "", note) for x in ("combined", "private")
     ]
     figures += [Figure(f"pass keys right, {x}", by[x]["pass keys right"], "", f"two workers, {trials} shared documents")
-                for x in ("contiguous", "private")]  # fmt: skip
+                for x in ("contiguous", "contiguous, 4 bits", "contiguous, 2 bits", "private")]  # fmt: skip
+    figures += [Figure(f"bytes of two caches, {x}", by[x]["bytes of two caches"], "", "a document held once for two workers")
+                for x in ("contiguous", "contiguous, 4 bits")]  # fmt: skip
     setting = f"{tokens} shared tokens, {new} steps, greedy, {a.dtype}"
     for workers in (1, 2, 4):
         for name in ("hogwild", "independent batch"):
