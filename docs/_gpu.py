@@ -94,18 +94,22 @@ def sections(folder: Path, wanted: Sequence[Section]) -> list[str]:
 
 
 def _plain_command(file: str) -> str:
-    script, more = ("linear_gpu", " --part checks") if file == "linear_checks" else (file, "")
+    script, more = {"linear_checks": ("linear_gpu", " --part checks"), "decode_gpu_8k": ("decode_gpu", "")}.get(
+        file, (file, "")
+    )
     return f"python benchmarks/{script}.py --out benchmarks/results/{file}.json{more}"
 
 
 def _command(file: str, data: Row) -> str:
     """What makes such a file again, with the settings that can be read off its rows."""
     more = ""
-    if file == "decode_gpu":
+    if file in ("decode_gpu", "decode_gpu_8k"):
         rows = [r for r in data["rows"] if "batch" in r]
         more = " --shapes " + " ".join(dict.fromkeys(f"{r['batch']}x{r['context']}" for r in rows))
         if data["model"]["num_hidden_layers"] != 8:
             more += f" --layers {data['model']['num_hidden_layers']}"
+        methods = [r["what"].removesuffix(" graph") for r in rows if r["what"].endswith(" graph")]
+        more += "".join(f" -m {m}" for m in dict.fromkeys(methods) if m != "full")
     if file == "prefill_gpu":
         more = " --shapes " + " ".join(dict.fromkeys(f"{r['batch']}x{r['context']}" for r in data["prompts"]))
     if file == "attention_gpu" and (data["batch"], data["context"]) != (16, 32768):
@@ -518,6 +522,12 @@ SECTIONS: tuple[Section, ...] = (
         "The bound of `over full graph` is all bytes of weights and full cache over those of weights and this cache. "
         "`tokens as plain`: share of tokens equal to plain decoding; with random weights a near-tie in bfloat16 ends the "
         "agreement.",
+        _decode,
+    ),
+    (
+        "decode_gpu_8k",
+        "A whole model decoding one row",
+        "The same with one row of 8192 tokens, where the weights are most of what is read, with the plain steps beside.",
         _decode,
     ),
     (

@@ -390,7 +390,7 @@ def test_ratios_stand_beside_their_bounds(generate, tmp_path):
     assert "| `h2o:budget=8192` | 0.250 | 2.00× | 2.00× | 4.00× | 1.000 | 0.200 |" in text
     assert "- `kivi:bits=2`: RuntimeError: it broke" in text
     assert "| `h2o graph` | 2.500 | 4.00× | 1.60× | 2.00× | 1.00 | 5.0 |" in text
-    assert "--shapes 8x4096 --layers 4" in text and "Some GPU, torch" in text
+    assert "--shapes 8x4096 --layers 4 -m h2o\n" in text and "Some GPU, torch" in text
     assert "| `B2 M60` | 4 | 0.200 | – | – | 2.00× | 4.00× |" in text
 
 
