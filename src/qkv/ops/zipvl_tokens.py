@@ -27,8 +27,10 @@ from torch import Tensor
 from qkv.core.attend import attend, readable, sdpa
 from qkv.core.operator import Operator, OperatorSpec, Wiring
 from qkv.core.spec import Limit, param
+from qkv.ops._common.states import unrounded
 
 
+@unrounded
 def drawn(
     q: Tensor, k: Tensor, *, scale: float, padding: Tensor | None = None, probes: int = 128
 ) -> tuple[Tensor, Tensor]:
