@@ -108,8 +108,8 @@ def main() -> None:
         print(table[-1], flush=True)
     for bits in (8, 4, 2):
         right, held = passkeys(model, tokenizer, "contiguous", trials, sentences, bits)
-        table.append({"layout": f"contiguous, {bits} bits", "pass keys right": round(right, 4), "code word picked up": "not asked",
-                      "bytes of two caches": round(held, 4)})  # fmt: skip
+        table.append({"layout": f"contiguous, {bits} bits", "pass keys right": round(right, 4),
+                      "code word picked up": "not asked", "bytes of two caches": round(held, 4)})  # fmt: skip
         clock(f"{bits} bits", t0)
         print(table[-1], flush=True)
     common = tokenizer(FILLER * 100)["input_ids"][:tokens]

@@ -13,7 +13,8 @@ is stored; new tokens wait in full precision until `regroup_every` of them are s
 queries, as in ZipCache) into a block of their own.
 
 The selection looks at the whole prompt, so a token of the prompt is no longer independent of later ones: perplexity has to be
-measured on a continuation. In encoders, which keep no cache, the same choice is the operator `zipvl-tokens`. A prompt in pieces is split piece by piece: a piece sees all that is stored and its own S.
+measured on a continuation. A prompt in pieces is split piece by piece: a piece sees all that is stored and its own S. In
+encoders, which keep no cache, the same choice is the operator `zipvl-tokens`.
 
 Completed from the abstract and the page: zero output outside S, the newest probes in S, tau and the number of probes, blocks of
 decoded tokens.
