@@ -416,3 +416,12 @@ def test_help_loads_nothing_heavy():
 def test_contexts_and_durations():
     assert _shared.parse_contexts("512,2k, 1K") == [512, 2048, 1024]
     assert [_shared.duration(x) for x in (0, 65, 3723)] == ["0:00", "1:05", "1:02:03"]
+
+
+@pytest.mark.parametrize("rate", ["nan", "-1", "0", "inf"])
+def test_a_rate_that_is_no_rate_is_refused(qkv_command, tmp_path, rate):
+    text = tmp_path / "book.txt"
+    text.write_text("A ship came home. " * 200)
+    arguments = ("-m", "linear", "--layers", "1", "--width", "8", "--heads", "1", "--length", "8", "--steps", "1")
+    code, _, err = qkv_command("train", *arguments, "--text", str(text), "--out", str(tmp_path / "t"), "--rate", rate)
+    assert code == 2 and "finite number above 0" in err and not (tmp_path / "t").exists()

@@ -465,3 +465,61 @@ def test_autocast_is_served(method: str) -> None:
     model, ids = models.make("llama", torch.float32), models.inputs("llama")["input_ids"]
     with qkv.applied(model, method), torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(forward(model, {"input_ids": ids})).all()
+
+
+CRAFTED = [
+    (lambda s: s | {"sites": ["*"]}, "sites that this model has not"),
+    (lambda s: s | {"sites": ["../../x"]}, "sites that this model has not"),
+    (lambda s: s | {"sites": []}, "damaged"),
+    (lambda s: s | {"sites": [True]}, "damaged"),
+    (lambda s: s | {"method": {"id": "h2o", "parameters": {"budget": -1}}}, "settings of a method are damaged"),
+    (lambda s: s | {"method": {"id": "gla", "parameters": {}}}, "log_decay"),
+]
+
+
+@pytest.mark.parametrize("change, needle", CRAFTED)
+def test_a_crafted_stack_does_no_more_than_apply_would(tmp_path, change, needle: str) -> None:
+    model = models.make("llama")
+    before = fingerprint(model)
+    with qkv.applied(model, "h2o"):
+        qkv.save(model, tmp_path / "saved")
+    file = tmp_path / "saved" / "qkv.json"
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps(manifest | {"stack": [change(manifest["stack"][0])]}))
+    with pytest.raises(SavedDataError, match=needle):
+        qkv.load(tmp_path / "saved", model=model)
+    file.write_text(json.dumps(manifest | {"stack": manifest["stack"] * 2}))
+    with pytest.raises(SavedDataError, match="twice"):
+        qkv.load(tmp_path / "saved", model=model)
+    assert fingerprint(model) == before
+
+
+def test_a_manifest_that_strains_the_parser_is_damaged(tmp_path) -> None:
+    (tmp_path / "qkv.json").write_text("[" * 100_000)
+    with pytest.raises(SavedDataError, match="damaged"):
+        qkv.load(tmp_path, model=models.make("llama"))
+    (tmp_path / "qkv.json").write_text('{"format": ' + "9" * 5000 + "}")
+    with pytest.raises(SavedDataError, match="damaged"):
+        qkv.load(tmp_path, model=models.make("llama"))
+    for form in (True, 0, -1):
+        (tmp_path / "qkv.json").write_text(json.dumps({"format": form}))
+        with pytest.raises(SavedDataError, match="not a manifest"):
+            qkv.load(tmp_path, model=models.make("llama"))
+
+
+def test_a_disk_that_fills_while_tensors_are_written_leaves_nothing(tmp_path, monkeypatch) -> None:
+    from safetensors import SafetensorError
+
+    from qkv import hosts
+
+    model, ids = models.make("llama"), models.inputs("llama")["input_ids"]
+    with qkv.applied(model, "h2o:budget=9"), torch.no_grad():
+        cache = model(ids).past_key_values
+
+        def full(*args, **kwargs):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(SavedDataError, match="No space left"):
+            hosts.save_cache(model, cache, tmp_path / "cache", ids)
+    assert not list(tmp_path.iterdir())

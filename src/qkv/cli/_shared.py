@@ -84,6 +84,13 @@ def parse_numbers(text: str, option: str) -> tuple[float, ...]:
         ) from None
 
 
+def positive(value: float | None, option: str) -> float | None:
+    """A finite number above 0, or None where the option was left out. Raises `InvalidParameter`."""
+    if value is not None and not 0 < value < float("inf"):
+        raise InvalidParameter(f"{option} {value:g} must be a finite number above 0, e.g. 0.001")
+    return value
+
+
 def methods_of(settings: Sequence[str]) -> list[Method]:
     """Configurations from what was given with ``-m``."""
     from qkv.core import registry

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qkv.cli._shared import DEVICE, DTYPE, JSON, SEED, load_model, parse_list, print_json, screen
+from qkv.cli._shared import DEVICE, DTYPE, JSON, SEED, load_model, parse_list, positive, print_json, screen
 
 EXAMPLES = (
     "qkv distill --teacher smollm2 --layers 0,5,10,15,20,25,29 --objective minilm --steps 200 --out runs/small",
@@ -80,7 +80,7 @@ def command(
     done = distill(
         big, small, method, train, out, tokenizer=small_words, teacher_tokenizer=words, max_length=length, resume=resume,
         baselines=tuple(baseline or ()), evaluate=_scores(big, held), max_steps=steps, per_device_train_batch_size=batch,
-        learning_rate=rate, seed=seed,
+        learning_rate=positive(rate, "--rate"), seed=seed,
     )  # fmt: skip
     if json:
         print_json(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qkv.cli._shared import DEVICE, JSON, SEED, pick_device, print_json, screen
+from qkv.cli._shared import DEVICE, JSON, SEED, pick_device, positive, print_json, screen
 
 EXAMPLES = (
     "qkv train -m gla --layers 6 --steps 2000 --out runs/gla",
@@ -76,7 +76,7 @@ def command(
     model, data, evaluate = make(operators, sizes, parameters, seed)
     done = train(
         model, data, out, resume=resume, evaluate=evaluate, max_steps=steps, per_device_train_batch_size=batch,
-        learning_rate=rate, save_steps=every, logging_steps=min(every, 50), bf16=bf16, seed=seed,
+        learning_rate=positive(rate, "--rate"), save_steps=every, logging_steps=min(every, 50), bf16=bf16, seed=seed,
         use_cpu=pick_device(device) == "cpu",
     )  # fmt: skip
     if json:

@@ -18,7 +18,7 @@ import qkv
 from qkv.core import registry
 from qkv.core.attend import sdpa
 from qkv.core.cache import CacheMethod, Compute
-from qkv.core.errors import InvalidInput, NeverFired, Refused, SavedDataError, UnknownName
+from qkv.core.errors import InvalidInput, InvalidParameter, NeverFired, Refused, SavedDataError, UnknownName
 from qkv.core.files import sha256_of, whole_folder, write_whole
 from qkv.core.operator import Operator
 from qkv.core.pattern import Pattern
@@ -355,6 +355,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def write_folder(path: str | Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write manifest and tensors to `path` at once: either the whole folder appears or nothing changes."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -370,7 +371,7 @@ def write_folder(path: str | Path, manifest: dict[str, Any], tensors: dict[str, 
                 files["tensors.safetensors"] = {"bytes": target.stat().st_size, "sha256": sha256_of(target)}
             manifest = {"format": FORMAT, "qkv": qkv.__version__, "files": files, **manifest}
             write_whole(temporary / "qkv.json", json.dumps(manifest, indent=1, sort_keys=True))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         raise SavedDataError(
             f"{path} could not be written ({error}); nothing was changed. Free some space or choose another place"
         ) from error
@@ -389,10 +390,10 @@ def read_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise SavedDataError(f"{file} is {file.stat().st_size} bytes; a manifest is small: refused")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, endless digits or brackets
         raise SavedDataError(f"{file} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
-        raise SavedDataError(f"{file} is not a manifest of qkv (no integer 'format')")
+    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int or manifest["format"] < 1:
+        raise SavedDataError(f"{file} is not a manifest of qkv (no 'format', a whole number from 1)")
     if manifest["format"] > FORMAT:
         raise SavedDataError(
             f"{path} was saved by qkv {manifest.get('qkv')} in format {manifest['format']}; this qkv "
@@ -435,10 +436,15 @@ def methods_of(manifest: dict[str, Any], path: str | Path) -> list[tuple[Method,
         raise SavedDataError(f"{path}: the manifest has no stack of methods")
     out = []
     for item in stack:
-        if not isinstance(item, dict) or not isinstance(item.get("sites"), list):
+        names = item.get("sites") if isinstance(item, dict) else None
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise SavedDataError(f"{path}: an entry of the stack is damaged: {str(item)[:80]}")
         try:
-            out.append((registry.from_dict(item.get("method")), item["sites"], item.get("notes", {})))
+            out.append((registry.from_dict(item.get("method")), names, item.get("notes", {})))
         except UnknownName as error:
             raise SavedDataError(f"{path} needs a method that this qkv {qkv.__version__} lacks: {error}") from error
+        except (InvalidParameter, RecursionError) as error:
+            raise SavedDataError(f"{path}: the settings of a method are damaged: {error}") from error
+        if not names:
+            raise SavedDataError(f"{path}: an entry of the stack is damaged: {out[-1][0]} has no sites")
     return out

@@ -58,12 +58,12 @@ def apply(
     if not isinstance(model, PreTrainedModel):
         raise InvalidInput(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
     chosen = stack.coerce(methods)
-    if data is not None and not any(m.spec.kind == "conversion" for m in chosen):
-        raise InvalidInput(f"data= was given, but {', '.join(map(str, chosen))} learns from none; leave it out")
     existing = model.__dict__.get(ATTRIBUTE)
     judged = judge(model, chosen, where, sites(model), existing)
     if judged.refusal is not None:
         raise Refused(judged.refusal)
+    if data is not None and not any(m.spec.kind == "conversion" for m in chosen):
+        raise InvalidInput(f"data= was given, but {', '.join(map(str, chosen))} learns from none; leave it out")
     session = existing or Session(model)
     undo = Snapshot(session)
     try:

@@ -196,8 +196,17 @@ def refill(
             memory.restore(own)
         except (QKVError, KeyError, ValueError, RuntimeError) as error:
             raise SavedDataError(f"{path}: layer {i} does not fit its method ({error})") from error
+        strange = set(own) ^ set(memory.tensors())
+        if strange:
+            raise SavedDataError(
+                f"{path}: layer {i} has missing or unexpected tensors: {', '.join(sorted(strange)[:3])}"
+            )
         if memory.seen != manifest["seen"]:
             raise SavedDataError(f"{path}: layer {i} saw {memory.seen} tokens, the manifest says {manifest['seen']}")
+    if ids is not None and (ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] != manifest["seen"]):
+        raise SavedDataError(
+            f"{path}: input_ids of {ids.dtype} {tuple(ids.shape)} are not the tokens that the cache has seen"
+        )
     left = {k.partition("/")[0] for k in tensors} - {str(i) for i in mine}
     if left:
         raise SavedDataError(f"{path} holds tensors of unknown layers: {', '.join(sorted(left))}")

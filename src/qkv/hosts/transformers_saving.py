@@ -12,12 +12,13 @@ from transformers.cache_utils import Cache
 
 from qkv.core.errors import InvalidInput, Refused, SavedDataError, StateError
 from qkv.core.site import choose
+from qkv.core.spec import Method
 from qkv.hosts import stack
 from qkv.hosts.stack import Entry
 from qkv.hosts.transformers_attention import ATTRIBUTE
 from qkv.hosts.transformers_cache import SavedCache, cache_manifest, layers_of, refill
 from qkv.hosts.transformers_session import Session, fresh_cache, session_of
-from qkv.hosts.transformers_stack import convert, enter
+from qkv.hosts.transformers_stack import convert, enter, judge
 
 
 def save(model: PreTrainedModel, path: str | Path) -> None:
@@ -79,6 +80,16 @@ def load_cache(model: PreTrainedModel, path: str | Path) -> SavedCache:
     return refill(cache, manifest, tensors, path, next(model.parameters()).device)
 
 
+def _refuse_unfit(session: Session, method: Method, names: list[str], path: str | Path) -> None:
+    """No folder does what `apply` would not: `SavedDataError` for sites that do not exist and methods that do not fit."""
+    unknown = sorted(set(names) - {s.name for s in session.sites})
+    if unknown:
+        raise SavedDataError(f"{path} puts {method} at sites that this model has not: {', '.join(unknown[:3])}")
+    refusal = judge(session.model, [method], list(names), session.sites, session).refusal
+    if refusal is not None:
+        raise SavedDataError(f"{path}: {refusal}")
+
+
 def _base_fingerprint(session: Session) -> str:
     """The fingerprint of the model without its conversions (modules are put back for the moment)."""
     now = [(parent, child, parent.get_submodule(child)) for parent, child, _ in session.swapped]
@@ -130,6 +141,7 @@ def restore(
         session.install()
         model.__dict__[ATTRIBUTE] = session
         for i, (method, names, notes) in enumerate(entries):
+            _refuse_unfit(session, method, names, path)
             if method.spec.kind != "conversion":
                 enter(session, method, list(names), None)
                 continue
