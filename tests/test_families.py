@@ -119,3 +119,16 @@ def test_layers_that_attend_within_chunks_keep_their_cache() -> None:
 def test_a_model_with_a_cache_of_its_own_kind_is_refused() -> None:
     with pytest.raises(Refused, match="MiniMaxCache"):
         qkv.apply(family("minimax"), "full")
+
+
+def test_attention_that_shares_its_cache_layer_with_a_mixer_keeps_it() -> None:
+    more = dict(num_hidden_layers=6, layer_types=["mamba", "hybrid", "mamba"] * 2, hybrid_layer_ids=[1, 4], num_mem_blocks=1,
+                num_key_value_heads=6, attention_head_dim=16, attention_hidden_size=96, mamba_ngroups=1, n_mamba_heads=12,
+                mamba_headdim=8, mamba_d_state=8, use_mem_rope=True)  # fmt: skip
+    model, x = family("zamba2", **more), inputs("llama")
+    ids, mask = x["input_ids"], x["attention_mask"]
+    tokens = generate(model, ids, mask)
+    with qkv.applied(model, "full"):
+        assert torch.equal(generate(model, ids, mask), tokens)
+    with pytest.raises(Refused, match="state of another mixer"):
+        qkv.apply(model, "h2o")

@@ -523,3 +523,13 @@ def test_a_disk_that_fills_while_tensors_are_written_leaves_nothing(tmp_path, mo
         with pytest.raises(SavedDataError, match="No space left"):
             hosts.save_cache(model, cache, tmp_path / "cache", ids)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["agent", "soft"])
+def test_an_operator_of_sets_takes_the_padding_of_an_encoder(method: str) -> None:
+    model, x = models.make("bert"), models.inputs("bert")
+    ids, mask = x["input_ids"], x["attention_mask"]
+    with qkv.applied(model, method):
+        padded = forward(model, {"input_ids": torch.cat((ids[1:], ids[1:, :5]), 1),
+                                 "attention_mask": torch.cat((mask[1:], 0 * mask[1:, :5]), 1)})  # fmt: skip
+        torch.testing.assert_close(padded[:, :23], forward(model, {"input_ids": ids[1:]}), rtol=0, atol=1e-10)

@@ -115,6 +115,8 @@ def _operator_compute(operator: Operator) -> Compute:
     def run(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
         padding = None
         if mask is not None:
+            if mask.shape[-2] != 1 and not causal and bool((mask == mask[..., :1, :]).all()):
+                mask = mask[..., :1, :]  # the padding of an encoder, written out for every query
             if mask.shape[-2] != 1 or mask.shape[1] != 1:
                 raise Refused(f"{operator.id} takes padding only, not a mask of shape {tuple(mask.shape)}")
             padding = mask[:, 0, 0].expand(q.shape[0], -1)
@@ -318,7 +320,8 @@ def summarise(states: Sequence[SiteState], names: Callable[[SiteState], tuple[st
         which = silent[0].site.name + (f" and {len(silent) - 1} more" if len(silent) > 1 else "")
         raise NeverFired(
             f"{which} never ran since `apply`: run the model (a forward pass or generate) before `report`; if it "
-            "did run, that module is not on its path and the method has no effect there"
+            "did run, that module is not on its path (the vision tower of a prompt without images) and the method has no "
+            "effect there: leave it out with `where`"
         )
     rows = tuple(
         SiteReport(

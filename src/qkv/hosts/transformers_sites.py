@@ -118,7 +118,7 @@ def _site(
         causal=causal,
         window=window,
         scale=_scale(module),
-        cached=causal and isinstance(layer, int) and not keeps_latents(module),
+        cached=causal and isinstance(layer, int) and not keeps_latents(module) and not shares_its_layer(module),
         geometry=geometry,
         module=type(module).__name__,
         reason=reason,
@@ -180,6 +180,13 @@ def _adds_alibi(module: nn.Module) -> bool:
 def keeps_latents(module: nn.Module) -> bool:
     """Whether a module of transformers (MLA) caches latents and makes keys and values of all of them anew at every step."""
     return hasattr(module, "expand_kv")
+
+
+def shares_its_layer(module: nn.Module) -> bool:
+    """Whether the layer of the cache that a module fills also holds, or only holds, the state of a mixer beside it."""
+    kinds, layer = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    kind = kinds[layer] if isinstance(kinds, (list, tuple)) and isinstance(layer, int) and layer < len(kinds) else ""
+    return any(word in str(kind) for word in ("hybrid", "mamba", "linear"))
 
 
 def out_of_reach(model: PreTrainedModel) -> str | None:

@@ -20,7 +20,7 @@ from qkv.hosts.stack import Entry, Plan, SiteState, Verdict
 from qkv.hosts.transformers_attention import ATTRIBUTE
 from qkv.hosts.transformers_repair import Repairs
 from qkv.hosts.transformers_session import Session
-from qkv.hosts.transformers_sites import find_sites, keeps_latents, out_of_reach
+from qkv.hosts.transformers_sites import find_sites, keeps_latents, out_of_reach, shares_its_layer
 
 
 def judge(
@@ -58,6 +58,8 @@ def _fits(model: PreTrainedModel, method: Method, site: Site) -> str | None:
         return (
             site.reason or f"{type(module).__name__} keeps a cache of its own, which holds no keys and values to act on"
         )
+    if isinstance(method, CacheMethod) and site.reason is None and site.causal and shares_its_layer(module):
+        return "its layer of the cache also holds the state of another mixer, which no cache of qkv keeps"
     reason = stack.fits(method, site)
     if reason is None and isinstance(method, Conversion):
         return method.fits(site, module)
