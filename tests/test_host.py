@@ -525,6 +525,16 @@ def test_a_disk_that_fills_while_tensors_are_written_leaves_nothing(tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("method", "said"), [("agent", "needs agents"), ("soft", "needs landmarks")])
+def test_an_operator_of_sets_is_refused_where_order_matters(method: str, said: str) -> None:
+    """Before anything runs: its causal form wants what a decoder does not give."""
+    model = models.llama()
+    plan = qkv.plan(model, method)
+    assert not plan.ok and said in str(plan)
+    with pytest.raises(Refused, match=said):
+        qkv.apply(model, method)
+
+
 @pytest.mark.parametrize("method", ["agent", "soft"])
 def test_an_operator_of_sets_takes_the_padding_of_an_encoder(method: str) -> None:
     model, x = models.make("bert"), models.inputs("bert")

@@ -210,7 +210,8 @@ def fits(method: Method, site: Site) -> str | None:
             return f"it already has a sliding window of {site.window} tokens"
         return None
     if isinstance(method, Operator):
-        needed = [name for name, extra in method.spec.extras.items() if extra.required]
+        wanted = method.spec.causal_needs if site.causal else ()
+        needed = [name for name, extra in method.spec.extras.items() if extra.required or name in wanted]
         if needed:
             return (
                 f"{method.id} needs {', '.join(needed)}, which this model does not produce; a conversion or a layer trained "
