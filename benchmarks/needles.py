@@ -178,7 +178,9 @@ def table(a: argparse.Namespace) -> None:
     """Both sides in one file, best first."""
     parts = [json.loads(p.read_text()) for p in a.parts]
     rows = sorted((r for p in parts for r in p["rows"]), key=lambda r: -r["accuracy"])
-    about = {k: v for k, v in parts[0].items() if k != "rows"} | {"peers": [p.get("versions") for p in parts[1:]]}
+    peers = [p.get("versions") for p in parts[1:]]
+    about = {k: v for k, v in parts[0].items() if k != "rows"}
+    about["peers"] = [x for i, x in enumerate(peers) if x not in peers[:i]]
     write(a.out, about | {"keep": KEEP, "rows": rows})
     for r in rows:
         print(f"{r['method']:34} {r['accuracy']:.3f} held {r['held']:.3f}")
