@@ -55,10 +55,10 @@ NEEDLES = (
 )
 NEEDLES_COMMANDS = """\
 cd benchmarks
-python needles.py prompts --out ../runs/needles/prompts.json
+python needles.py prompts --contexts {contexts} --out ../runs/needles/prompts.json
 python needles.py ours --prompts ../runs/needles/prompts.json --out ../runs/needles/ours.json
 python needles.py kvpress --prompts ../runs/needles/prompts.json --model FOLDER --out ../runs/needles/kvpress.json
-python needles.py table ../runs/needles/{ours,kvpress}.json --out results/needles.json"""
+python needles.py table ../runs/needles/{{ours,kvpress}}.json --out results/needles.json"""
 Get = Callable[[Record], float | None]
 
 
@@ -335,7 +335,7 @@ def _needles(path: Path) -> list[str]:
         "",
         NEEDLES.format(keep=data["keep"]),
         "",
-        *shell(NEEDLES_COMMANDS),
+        *shell(NEEDLES_COMMANDS.format(contexts=",".join(map(str, contexts)))),
         *table(["method", "found", *(f"at {n}" for n in contexts), "held"], rows),
         "",
         f"{chip}, {versions}{peers if len(peers) > 15 else ''}, seed {data['seed']}, {commit(data['commit'])}.",
