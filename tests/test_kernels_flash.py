@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_refused() -> None:
         column_masses(q, k, q[..., 0], scale=1.0, rows=torch.ones(1, 3, dtype=torch.bool))
 
 
-@pytest.mark.skipif(not CUDA, reason="the route that attend takes on CUDA")
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device: elsewhere attend takes the plain form")
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
