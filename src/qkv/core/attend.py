@@ -4,7 +4,7 @@ r"""Exact softmax attention, in query chunks of plain torch: any mask, any devic
 
 A query without a key gives out 0 and lse -inf. Causal masks are aligned to the lower right: query i of N sees
 keys up to i + M - N. On CUDA what needs no gradient, is in half precision and has no mask but one of keys takes fused kernels
-(`on_kernels`); chunks of a score matrix would cost a hundred times as much there.
+(`on_kernels`); chunks of a score matrix cost several times as much there.
 
 Axes: B batch, H query heads, G key/value heads (G divides H), N queries, M keys, D head width, E value width.
 """

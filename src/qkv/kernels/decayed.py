@@ -576,7 +576,7 @@ def _arithmetic(dtype: torch.dtype) -> tuple[Any, str]:
 
 
 def _wide(width: int) -> int:
-    """Channels of a tile that holds `width`; at least 32: narrower ones read past their shared memory with Triton 3.6 (lab log)."""
+    """Channels of a tile that holds `width`; at least 32: narrower ones read past their shared memory on Triton 3.6 (lab log)."""
     return max(32, triton.next_power_of_2(width))
 
 
