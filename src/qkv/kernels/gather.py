@@ -1,5 +1,6 @@
 r"""Decode attention over chosen pages or tokens, read in place, and what chooses them.
 
+    store          the new token of every row into its slot
     page_bounds    largest and smallest channels of the own page, as far as it is filled
     token_label    the label of the newest key, packed as the others are
     page_scores    u_p = max over the query heads of a KV head of  sum_c max(q_c lo_pc, q_c hi_pc)
@@ -24,17 +25,21 @@ from torch import Tensor
 from qkv.core.errors import InvalidInput
 from qkv.kernels.decode import LOG2E, _merge
 
-PART = 4096  # pages that one program chooses from; longer rows are counted in parts, digit by digit
+PART = 4096  # pages that one program chooses from at a glance; of longer rows it narrows the choice first
+WIDE = 16384  # what it narrows to, and reads at once, at most; else the row is counted in parts
 
 
 @triton.jit
 def _gather(
     q_ptr, k_ptr, v_ptr, index_ptr, position_ptr, part_ptr, lse_ptr,
-    scale2, A, G, R, S, K, C, D, E,
+    scale2, A, G, R, S, K, D, E,
     q_b, q_h, k_b, k_g, k_c, v_b, v_g, v_c,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
+    C: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
-    """One split of one (row, choosing head): partial out [R, E] and its lse (base 2); R query heads share the choice."""
+    """One split of one (row, choosing head): partial out [R, E] and its lse (base 2); R query heads share the choice.
+
+    EVEN: D and E fill their tiles.
+    """
     pair, split = tl.program_id(0), tl.program_id(1)
     b, a = pair // A, pair % A
     g = a * G // A
@@ -50,17 +55,18 @@ def _gather(
     out = tl.zeros((ROWS, EP), tl.float32)
     k_base = k_ptr + b.to(tl.int64) * k_b + g.to(tl.int64) * k_g
     v_base = v_ptr + b.to(tl.int64) * v_b + g.to(tl.int64) * v_g
+    i_base = index_ptr + pair.to(tl.int64) * K
     for at in range(low, high, BLOCK):
         t = at + c
-        page = tl.load(index_ptr + pair.to(tl.int64) * K + t // C, mask=t < high, other=-1)
+        page = tl.load(i_base + t // C, mask=t < high, other=-1)
         j = page * C + t % C
         live = (page >= 0) & (j <= newest)
-        k = tl.load(
-            k_base + j[None, :].to(tl.int64) * k_c + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0
-        )
-        v = tl.load(
-            v_base + j[:, None].to(tl.int64) * v_c + e[None, :], mask=live[:, None] & (e < E)[None, :], other=0.0
-        )
+        if EVEN:
+            k_live, v_live = live[None, :], live[:, None]
+        else:
+            k_live, v_live = live[None, :] & (d < D)[:, None], live[:, None] & (e < E)[None, :]
+        k = tl.load(k_base + j[None, :].to(tl.int64) * k_c + d[:, None], mask=k_live, other=0.0)
+        v = tl.load(v_base + j[:, None].to(tl.int64) * v_c + e[None, :], mask=v_live, other=0.0)
         s = tl.dot(q, k, input_precision="ieee") * scale2  # [ROWS, BLOCK], in units of log2
         s = tl.where(live[None, :], s, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
@@ -76,6 +82,35 @@ def _gather(
     row = (pair.to(tl.int64) * S + split) * R + r
     tl.store(part_ptr + row[:, None] * E + e[None, :], out, mask=(r < R)[:, None] & (e < E)[None, :])
     tl.store(lse_ptr + row, lse, mask=r < R)
+
+
+@triton.jit
+def _store(
+    keys_ptr, values_ptr, k_ptr, v_ptr, cursor_ptr, position_ptr, columns_ptr, slot_ptr, slot32_ptr,
+    G, D, E, keys_b, keys_g, keys_c, values_b, values_g, values_c, k_b, k_g, v_b, v_g, p_b, c_b,
+    COLUMNS: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """The new token of one (row, KV head)."""
+    pair = tl.program_id(0)
+    b, g = pair // G, pair % G
+    newest = tl.load(position_ptr + b * p_b).to(tl.int64)
+    cursor = tl.load(cursor_ptr).to(tl.int64)
+    slot = cursor
+    if COLUMNS:
+        slot = newest
+    d, e = tl.arange(0, DP), tl.arange(0, EP)
+    k = tl.load(k_ptr + b.to(tl.int64) * k_b + g.to(tl.int64) * k_g + d, mask=d < D)
+    v = tl.load(v_ptr + b.to(tl.int64) * v_b + g.to(tl.int64) * v_g + e, mask=e < E)
+    if slot >= 0:
+        tl.store(keys_ptr + b.to(tl.int64) * keys_b + g.to(tl.int64) * keys_g + slot * keys_c + d, k, mask=d < D)
+        tl.store(
+            values_ptr + b.to(tl.int64) * values_b + g.to(tl.int64) * values_g + slot * values_c + e, v, mask=e < E
+        )
+    if g == 0:
+        tl.store(slot_ptr + b, newest)
+        tl.store(slot32_ptr + b, newest.to(tl.int32))
+        if COLUMNS:
+            tl.store(columns_ptr + b.to(tl.int64) * c_b + cursor, newest.to(tl.int32))
 
 
 @triton.jit
@@ -143,99 +178,195 @@ def _token_label(
 
 
 @triton.jit
-def _page_scores(
-    q_ptr, bounds_ptr, position_ptr, worth_ptr, G, R, P, C, D, q_b, q_h, b_b, b_g, b_p,
-    PER_HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr,
+def _bounded(
+    over, under, b_base, w_base, j, stop, b_p, P, D, R, r, d,
+    TAIL: tl.constexpr, EVEN: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """The bounds of a block of pages for the query heads of one KV head; pages from the own one on are not looked at."""
-    pair, block = tl.program_id(0), tl.program_id(1)
+    """The bounds of the pages j. TAIL: some lie past `stop`. EVEN: D fills its tile."""
+    at = b_base + j[None, :].to(tl.int64) * b_p + d[:, None]
+    if TAIL:
+        live = (j < stop)[None, :] & (d < D)[:, None]
+        high, low = tl.load(at, mask=live, other=0.0), tl.load(at + D, mask=live, other=0.0)
+    elif EVEN:
+        high, low = tl.load(at), tl.load(at + D)
+    else:
+        high, low = tl.load(at, mask=(d < D)[:, None], other=0.0), tl.load(at + D, mask=(d < D)[:, None], other=0.0)
+    u = tl.dot(over, high, input_precision="ieee")
+    u = tl.dot(under, low, u, input_precision="ieee")  # [ROWS, BLOCK]
+    if PER_HEAD:
+        tl.store(w_base + r[:, None] * P + j[None, :], u, mask=(r < R)[:, None] & (j < stop)[None, :])
+    else:
+        tl.store(w_base + j, tl.max(tl.where((r < R)[:, None], u, float("-inf")), 0), mask=j < stop)
+
+
+@triton.jit
+def _page_scores(
+    q_ptr, bounds_ptr, position_ptr, worth_ptr, G, R, P, S, C, D, q_b, q_h, b_b, b_g, b_p,
+    PER_HEAD: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """One of S parts of the pages before the own one, for the query heads of one KV head."""
+    pair, split = tl.program_id(0), tl.program_id(1)
     b, g = pair // G, pair % G
     own = tl.load(position_ptr + b) // C
-    start = block * BLOCK
-    if start < own:
-        r, d, j = tl.arange(0, ROWS), tl.arange(0, DP), start + tl.arange(0, BLOCK)
-        q_at = q_ptr + b.to(tl.int64) * q_b + (g * R + r)[:, None] * q_h + d[None, :]
-        q = tl.load(q_at, mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
-        zero = tl.zeros_like(q)
-        at = bounds_ptr + b.to(tl.int64) * b_b + g.to(tl.int64) * b_g + j[None, :].to(tl.int64) * b_p + d[:, None]
-        live = (j < own)[None, :] & (d < D)[:, None]
-        high = tl.load(at, mask=live, other=0.0)
-        low = tl.load(at + D, mask=live, other=0.0)
-        u = tl.dot(tl.maximum(q, zero).to(q.dtype), high, input_precision="ieee")
-        u = tl.dot(tl.minimum(q, zero).to(q.dtype), low, u, input_precision="ieee")  # [ROWS, BLOCK]
-        if PER_HEAD:
-            to = worth_ptr + (pair.to(tl.int64) * R + r)[:, None] * P + j[None, :]
-            tl.store(to, u, mask=(r < R)[:, None] & (j < own)[None, :])
+    per = tl.cdiv(tl.cdiv(own, S), BLOCK) * BLOCK
+    start = split * per
+    stop = tl.minimum(start + per, own)
+    r, d, c = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, BLOCK)
+    q_at = q_ptr + b.to(tl.int64) * q_b + (g * R + r)[:, None] * q_h + d[None, :]
+    q = tl.load(q_at, mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
+    zero = tl.zeros_like(q)
+    over, under = tl.maximum(q, zero).to(q.dtype), tl.minimum(q, zero).to(q.dtype)
+    b_base = bounds_ptr + b.to(tl.int64) * b_b + g.to(tl.int64) * b_g
+    w_base = worth_ptr + pair.to(tl.int64) * P
+    if PER_HEAD:
+        w_base = worth_ptr + pair.to(tl.int64) * R * P
+    whole = start + tl.maximum(stop - start, 0) // BLOCK * BLOCK
+    for at in range(start, whole, BLOCK):
+        _bounded(over, under, b_base, w_base, at + c, stop, b_p, P, D, R, r, d, False, EVEN, PER_HEAD)
+    if whole < stop:
+        _bounded(over, under, b_base, w_base, whole + c, stop, b_p, P, D, R, r, d, True, EVEN, PER_HEAD)
+
+
+@triton.jit
+def _labelled(
+    base, step_base, low_base, to, query, total, j, stop, L, w,
+    BITS: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scores of the tokens j; query [PER, LP]. TAIL: some lie past `stop`. EVEN: labels fill their tile.
+
+    A code of 8 bits or less becomes a number by being the low bits of a float whose unit is 1: no conversion.
+    """
+    live = j < stop
+    at = base + j[:, None].to(tl.int64) * STRIDE + w[None, :]
+    if TAIL and EVEN:
+        data = tl.load(at, mask=live[:, None], other=0)
+    elif TAIL:
+        data = tl.load(at, mask=live[:, None] & (w * PER < L)[None, :], other=0)
+    elif EVEN:
+        data = tl.load(at)
+    else:
+        data = tl.load(at, mask=(w * PER < L)[None, :], other=0)
+    if BITS == 16:
+        score = tl.sum(data.to(tl.float32) * query, 1)
+    else:
+        data = data.to(tl.int32)
+        lane = tl.arange(0, PER)[:, None]
+        score = tl.zeros((BLOCK,), tl.float32)
+        for i in tl.static_range(PER):
+            part = (data >> (BITS * i // 16 * 16)) & (((1 << BITS) - 1) << (BITS * i % 16))
+            x = (part | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0  # the code times 2^(BITS i % 16)
+            mine = tl.sum(tl.where(lane == i, query, 0.0), 0) * (1.0 / (1 << (BITS * i % 16)))  # [LP]
+            score += tl.sum(x * mine[None, :], 1)
+        if TAIL:
+            step, low = tl.load(step_base + j, mask=live, other=0.0), tl.load(low_base + j, mask=live, other=0.0)
         else:
-            best = tl.max(tl.where((r < R)[:, None], u, float("-inf")), 0)
-            tl.store(worth_ptr + pair.to(tl.int64) * P + j, best, mask=j < own)
+            step, low = tl.load(step_base + j), tl.load(low_base + j)
+        score = score * step.to(tl.float32) + low.to(tl.float32) * total
+    if TAIL:
+        tl.store(to + j, score, mask=live)
+    else:
+        tl.store(to + j, score)
 
 
 @triton.jit
 def _label_scores(
     q_ptr, channels_ptr, labels_ptr, step_ptr, low_ptr, position_ptr, worth_ptr,
-    G, R, L, P, q_b, q_h, l_b, l_g, l_p, s_b, s_g,
-    BITS: tl.constexpr, ROWS: tl.constexpr, LP: tl.constexpr, BLOCK: tl.constexpr,
+    G, R, L, P, S, q_b, q_h, l_b, l_g, s_b, s_g,
+    BITS: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, LP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a block of tokens; L channels. With fewer than 16 bits the query's labels are quantised per head as well."""
-    pair, block = tl.program_id(0), tl.program_id(1)
+    """One of S parts of the tokens before the own one; L channels, PER codes in an element of the labels.
+
+    With fewer than 16 bits the query's labels are quantised per head as well.
+    """
+    pair, split = tl.program_id(0), tl.program_id(1)
     b, g = pair // G, pair % G
     newest = tl.load(position_ptr + b)
-    start = block * BLOCK
-    if start < newest:
-        r, j = tl.arange(0, ROWS), start + tl.arange(0, BLOCK)
-        live = j < newest
-        base = labels_ptr + b.to(tl.int64) * l_b + g.to(tl.int64) * l_g + j[:, None].to(tl.int64) * l_p
-        q_base = q_ptr + b.to(tl.int64) * q_b + (g * R + r)[:, None] * q_h
-        if BITS == 16:
-            c = tl.arange(0, LP)
-            channel = tl.load(channels_ptr + pair.to(tl.int64) * L + c, mask=c < L, other=0)
-            q = tl.load(q_base + channel[None, :], mask=(r < R)[:, None] & (c < L)[None, :], other=0.0).to(tl.float32)
-            label = tl.load(base + c[None, :], mask=live[:, None] & (c < L)[None, :], other=0.0).to(tl.float32)
-            score = tl.sum(label * tl.sum(q, 0)[None, :], 1)
-        else:
-            PER: tl.constexpr = 8 // BITS
-            TOP: tl.constexpr = (1 << BITS) - 1
-            w = tl.arange(0, LP)  # bytes
-            least = tl.full((ROWS,), float("inf"), tl.float32)
-            most = tl.full((ROWS,), float("-inf"), tl.float32)
-            for i in tl.static_range(PER):
-                c = w * PER + i
-                channel = tl.load(channels_ptr + pair.to(tl.int64) * L + c, mask=c < L, other=0)
-                q = tl.load(q_base + channel[None, :], mask=(r < R)[:, None], other=0.0).to(tl.float32)
-                least = tl.minimum(least, tl.min(tl.where((c < L)[None, :], q, float("inf")), 1))
-                most = tl.maximum(most, tl.max(tl.where((c < L)[None, :], q, float("-inf")), 1))
-            unit = (most - least) / TOP
-            unit = tl.where(unit == 0.0, 1.0, unit)
-            data = tl.load(base + w[None, :], mask=live[:, None] & (w * PER < L)[None, :], other=0).to(tl.int32)
-            score = tl.zeros((BLOCK,), tl.float32)
-            total = 0.0
-            for i in tl.static_range(PER):
-                c = w * PER + i
-                channel = tl.load(channels_ptr + pair.to(tl.int64) * L + c, mask=c < L, other=0)
-                q = tl.load(q_base + channel[None, :], mask=(r < R)[:, None], other=0.0).to(tl.float32)
-                q = tl.floor((q - least[:, None]) / unit[:, None] + 0.5) * unit[:, None] + least[:, None]
-                q = tl.where((r < R)[:, None] & (c < L)[None, :], q, 0.0)
-                mine = tl.sum(q, 0)  # [LP]
-                total += tl.sum(mine, 0)
-                code = (data >> (BITS * i)) & TOP
-                score += tl.sum(code.to(tl.float32) * mine[None, :], 1)
-            side = b.to(tl.int64) * s_b + g.to(tl.int64) * s_g + j
-            step = tl.load(step_ptr + side, mask=live, other=0.0).to(tl.float32)
-            low = tl.load(low_ptr + side, mask=live, other=0.0).to(tl.float32)
-            score = score * step + low * total
-        tl.store(worth_ptr + pair.to(tl.int64) * P + j, score, mask=live)
+    per = tl.cdiv(tl.cdiv(newest, S), BLOCK) * BLOCK
+    start = split * per
+    stop = tl.minimum(start + per, newest)
+    r, w, c, j = tl.arange(0, ROWS), tl.arange(0, LP), tl.arange(0, LP * PER), tl.arange(0, BLOCK)
+    real = (r < R)[:, None] & (c < L)[None, :]
+    channel = tl.load(channels_ptr + pair.to(tl.int64) * L + c, mask=c < L, other=0)
+    q_at = q_ptr + b.to(tl.int64) * q_b + (g * R + r)[:, None] * q_h + channel[None, :]
+    q = tl.load(q_at, mask=real, other=0.0).to(tl.float32)
+    if BITS < 16:
+        least = tl.min(tl.where((c < L)[None, :], q, float("inf")), 1)
+        most = tl.max(tl.where((c < L)[None, :], q, float("-inf")), 1)
+        unit = (most - least) / ((1 << BITS) - 1)
+        unit = tl.where(unit == 0.0, 1.0, unit)
+        q = tl.floor((q - least[:, None]) / unit[:, None] + 0.5) * unit[:, None] + least[:, None]
+        q = tl.where(real, q, 0.0)
+    query = tl.sum(q, 0)
+    total = tl.sum(query, 0)
+    query = tl.trans(tl.reshape(query, (LP, PER)))
+    base = labels_ptr + b.to(tl.int64) * l_b + g.to(tl.int64) * l_g
+    side = b.to(tl.int64) * s_b + g.to(tl.int64) * s_g
+    to = worth_ptr + pair.to(tl.int64) * P
+    whole = start + tl.maximum(stop - start, 0) // BLOCK * BLOCK
+    for at in range(start, whole, BLOCK):
+        _labelled(
+            base, step_ptr + side, low_ptr + side, to, query, total, at + j, stop, L, w,
+            BITS, PER, STRIDE, EVEN, False, BLOCK,
+        )  # fmt: skip
+    if whole < stop:
+        _labelled(
+            base, step_ptr + side, low_ptr + side, to, query, total, whole + j, stop, L, w,
+            BITS, PER, STRIDE, EVEN, True, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
-def _keys_of(worth_ptr, row, j, live, C, sinks, first_recent):
-    """Worth as unsigned integers of the same order; NaN is lowest, what must be read highest."""
+def _keys_of(worth_ptr, row, j, live, C, sinks, first_recent, FIRM: tl.constexpr):
+    """Worth as unsigned integers of the same order, above 0; NaN is lowest, what must be read highest; 0 outside `live`."""
     x = tl.load(worth_ptr + row + j, mask=live, other=0.0)
     x = tl.where(x == x, x, float("-inf"))
+    key = _ordered(x)
+    if FIRM:
+        key = tl.where((j * C < sinks) | (j >= first_recent), -8388607, key)  # the number after infinity
+    return tl.where(live, key, 0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _ordered(x):
+    """Floats as unsigned integers of the same order, kept in int32."""
     bits = x.to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) | -2147483648)
-    key = tl.where((j * C < sinks) | (j >= first_recent), -1, key)
-    return key.to(tl.uint32, bitcast=True)
+    return bits ^ ((bits >> 31) | -2147483648)
+
+
+@triton.jit
+def _threshold(key, want, slack):
+    """A number that at least `want` keys reach, at most `want + slack` where they can be told apart; 1 if fewer are above 0.
+
+    By halving the range of the keys, until so few reach it or no number is left between.
+    """
+    low = tl.min(tl.where(key > 0, key, 0xFFFFFFFF).to(tl.uint32))
+    high = tl.max(key) + 1
+    have = tl.sum((key > 0).to(tl.int32))
+    low = tl.where(have < want, 1, low).to(tl.uint32)
+    while (high - low > 1) & (have > want + slack):
+        middle = low + ((high - low) >> 1)
+        reach = tl.sum((key >= middle).to(tl.int32))
+        enough = reach >= want
+        low, have = tl.where(enough, middle, low), tl.where(enough, reach, have)
+        high = tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit
+def _running(x, ROWS: tl.constexpr):
+    """Running sums of x [ROWS, 4] in reading order: four within a thread, 32 rows within a warp, then over the warps."""
+    i = tl.arange(0, ROWS // 32)
+    rows = tl.reshape(tl.sum(x, 1), (ROWS // 32, 32))
+    before = tl.sum(tl.where(i[None, :] < i[:, None], tl.sum(rows, 1)[None, :], 0), 1)
+    base = tl.reshape(tl.cumsum(rows, 1) - rows + before[:, None], (ROWS,))
+    return tl.cumsum(x, 1) + base[:, None]
+
+
+@triton.jit
+def _tile(ROWS: tl.constexpr):
+    """0 .. 4 ROWS - 1 as [ROWS, 4]."""
+    return tl.arange(0, ROWS)[:, None] * 4 + tl.arange(0, 4)[None, :]
 
 
 @triton.jit
@@ -270,37 +401,138 @@ def _wanted(position_ptr, keep_ptr, b, K, C, recent, HAS_KEEP: tl.constexpr):
 
 
 @triton.jit
-def _select_short(
-    worth_ptr, position_ptr, keep_ptr, index_ptr, A, P, K, C, sinks, recent, HAS_KEEP: tl.constexpr, CHUNK: tl.constexpr
-):
-    """The choice of one (row, choosing head) of at most CHUNK pages: own page first, then ascending, then -1."""
-    pair = tl.program_id(0)
-    own, many, keep, want, first_recent = _wanted(position_ptr, keep_ptr, pair // A, K, C, recent, HAS_KEEP)
-    j = tl.arange(0, CHUNK)
-    live = j < many
-    key = _keys_of(worth_ptr, pair.to(tl.int64) * P, j, live, C, sinks, first_recent)
-    more, same, left = live & (j < 0), live, want
-    for stage in tl.static_range(4):
-        digits = ((key >> (24 - 8 * stage)) & 255).to(tl.int32)
-        digit, left = _digit(_counts(digits, same, CHUNK), left)
-        more = more | (same & (digits > digit))
-        same = same & (digits == digit)
-    rank = tl.cumsum(same.to(tl.int32), 0) - 1
-    take = (more | (same & (rank < left))).to(tl.int32)
-    to = index_ptr + pair.to(tl.int64) * K
-    at = tl.cumsum(take, 0)
-    tl.store(to + at, j, mask=(take > 0) & (at < K))
+def _place(to, j, key, least, before, tied, left, K, ROWS: tl.constexpr):
+    """Write those of a tile that exceed `least`, and of its equals as many as are `left`; returns how many came so far."""
+    more, same = (key > least).to(tl.int32), ((key == least) & (key > 0)).to(tl.int32)
+    both = _running(more | (same << 16), ROWS)
+    above, equal = before + (both & 65535), tied + (both >> 16)
+    at = above + tl.minimum(equal, left)  # 1 is the first place behind the own page
+    tl.store(to + at, j, mask=((more > 0) | ((same > 0) & (equal <= left))) & (at < K))
+    return before + tl.sum(more), tied + tl.sum(same)
+
+
+@triton.jit
+def _frame(to, own, keep, want, K, CHUNK: tl.constexpr):
+    """The own page in front, -1 behind."""
     if keep > 0:
         tl.store(to, own)
     filled = tl.where(keep > 0, want + 1, 0)
-    for start in range(0, K, CHUNK):
-        tl.store(to + start + j, -1, mask=(start + j >= filled) & (start + j < K))
+    for start in range(filled, K, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        tl.store(to + i, -1, mask=i < K)
+
+
+@triton.jit
+def _select_short(
+    worth_ptr, position_ptr, keep_ptr, index_ptr, A, P, K, sinks, recent,
+    C: tl.constexpr, FIRM: tl.constexpr, HAS_KEEP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The choice of one (row, choosing head) of at most 4 * ROWS pages: own page first, then ascending, then -1."""
+    pair = tl.program_id(0)
+    own, many, keep, want, first_recent = _wanted(position_ptr, keep_ptr, pair // A, K, C, recent, HAS_KEEP)
+    j = _tile(ROWS)
+    key = _keys_of(worth_ptr, pair.to(tl.int64) * P, j, j < many, C, sinks, first_recent, FIRM)
+    least = _threshold(key, want, 0)
+    to = index_ptr + pair.to(tl.int64) * K
+    _place(to, j, key, least, 0, 0, want - tl.sum((key > least).to(tl.int32)), K, ROWS)
+    _frame(to, own, keep, want, K, 4 * ROWS)
+
+
+@triton.jit
+def _narrow(
+    worth, scratch, start, bound, some, many, C, sinks, first_recent,
+    FIRM: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Note those of a tile whose worth reaches `bound` or that must be read; returns how many were noted."""
+    j = start + _tile(ROWS)
+    if TAIL:
+        take = tl.load(worth + j, mask=j < many, other=0.0) >= bound
+    else:
+        take = tl.load(worth + j) >= bound
+    if FIRM:
+        take = take | (j * C < sinks) | (j >= first_recent)
+    if TAIL:
+        take = take & (j < many)
+    take = take.to(tl.int32)
+    tl.store(scratch + some + _running(take, ROWS) - 1, j, mask=take > 0)
+    return some + tl.sum(take)
+
+
+@triton.jit
+def _select_long(
+    worth_ptr, position_ptr, keep_ptr, scratch_ptr, index_ptr, A, P, K, sinks, recent,
+    C: tl.constexpr, FIRM: tl.constexpr, HAS_KEEP: tl.constexpr, ROWS: tl.constexpr, TIMES: tl.constexpr,
+):  # fmt: skip
+    """The choice of one (row, choosing head) of any number of pages, of which fewer than a tile of 4 * ROWS are wanted.
+
+    The best of so many groups of pages are as many pages: what the want-th of them reaches, the want-th of all reaches. Only
+    pages that do are looked at again. TIMES tiles are read at once.
+    """
+    TILE: tl.constexpr = 4 * ROWS
+    pair = tl.program_id(0)
+    own, many, keep, want, first_recent = _wanted(position_ptr, keep_ptr, pair // A, K, C, recent, HAS_KEEP)
+    row = pair.to(tl.int64) * P
+    worth, scratch = worth_ptr + row, scratch_ptr + row
+    t = _tile(ROWS)
+    best = tl.full((ROWS, 4), float("-inf"), tl.float32)
+    whole = many // (TILE * TIMES) * (TILE * TIMES)
+    for start in range(0, whole, TILE * TIMES):
+        for i in tl.static_range(TIMES):
+            best = tl.maximum(best, tl.load(worth + start + i * TILE + t))  # the number where one is NaN
+    for start in range(whole, many, TILE):
+        best = tl.maximum(best, tl.load(worth + start + t, mask=start + t < many, other=float("-inf")))
+    best = tl.where(best == best, best, float("-inf"))
+    bound = _threshold(tl.where(t < many, _ordered(best), 0).to(tl.uint32, bitcast=True), want, want // 16)
+    some = 0
+    if bound > 0x007FFFFF:  # else any worth will do, NaN too
+        bits = bound.to(tl.int32, bitcast=True)
+        reach = tl.where(bits < 0, bits & 2147483647, ~bits).to(tl.float32, bitcast=True)
+        for start in range(0, whole, TILE * TIMES):
+            some = _narrow(worth, scratch, start, reach, some, many, C, sinks, first_recent, FIRM, False, ROWS * TIMES)
+        for start in range(whole, many, TILE):
+            some = _narrow(worth, scratch, start, reach, some, many, C, sinks, first_recent, FIRM, True, ROWS)
+    else:
+        for start in range(0, many, TILE):
+            tl.store(scratch + start + t, start + t, mask=start + t < many)
+        some = many
+    tl.debug_barrier()
+    least, above = tl.full((), 1, tl.uint32), 0
+    if some <= TILE:
+        key = _keys_of(
+            worth_ptr, row, tl.load(scratch + t, mask=t < some, other=0), t < some, C, sinks, first_recent, FIRM
+        )
+        least = _threshold(key, want, 0)
+        above = tl.sum((key > least).to(tl.int32))
+    else:  # many that are equal, or worth of an odd kind
+        low, high, have = bound, tl.full((), 0xFF800002, tl.uint32), some
+        while (high - low > 1) & (have > want):
+            middle = low + ((high - low) >> 1)
+            reach = 0
+            for start in range(0, some, TILE):
+                j = tl.load(scratch + start + t, mask=start + t < some, other=0)
+                key = _keys_of(worth_ptr, row, j, start + t < some, C, sinks, first_recent, FIRM)
+                reach += tl.sum((key >= middle).to(tl.int32))
+            enough = reach >= want
+            low, have = tl.where(enough, middle, low), tl.where(enough, reach, have)
+            high = tl.where(enough, high, middle)
+        least = low
+        for start in range(0, some, TILE):
+            j = tl.load(scratch + start + t, mask=start + t < some, other=0)
+            key = _keys_of(worth_ptr, row, j, start + t < some, C, sinks, first_recent, FIRM)
+            above += tl.sum((key > least).to(tl.int32))
+    to = index_ptr + pair.to(tl.int64) * K
+    before, tied = 0, 0
+    for start in range(0, some, TILE):
+        j = tl.load(scratch + start + t, mask=start + t < some, other=0)
+        key = _keys_of(worth_ptr, row, j, start + t < some, C, sinks, first_recent, FIRM)
+        before, tied = _place(to, j, key, least, before, tied, want - above, K, ROWS)
+    _frame(to, own, keep, want, K, TILE)
 
 
 @triton.jit
 def _select_count(
-    worth_ptr, position_ptr, keep_ptr, counts_ptr, A, P, K, C, N, sinks, recent,
-    STAGE: tl.constexpr, HAS_KEEP: tl.constexpr, CHUNK: tl.constexpr, NP: tl.constexpr,
+    worth_ptr, position_ptr, keep_ptr, counts_ptr, A, P, K, N, sinks, recent,
+    C: tl.constexpr, FIRM: tl.constexpr, STAGE: tl.constexpr, HAS_KEEP: tl.constexpr, CHUNK: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     """How often each digit of a stage occurs in a part of CHUNK pages, among those that agree with the digits found before."""
     pair, part = tl.program_id(0), tl.program_id(1)
@@ -309,7 +541,7 @@ def _select_count(
     base = counts_ptr + pair.to(tl.int64) * (4 * N * 256)
     j = part * CHUNK + tl.arange(0, CHUNK)
     same = j < many
-    key = _keys_of(worth_ptr, pair.to(tl.int64) * P, j, same, C, sinks, first_recent)
+    key = _keys_of(worth_ptr, pair.to(tl.int64) * P, j, same, C, sinks, first_recent, FIRM)
     left = want
     for stage in tl.static_range(STAGE):
         at = base + (stage * N + parts)[:, None] * 256 + bins[None, :]
@@ -321,8 +553,8 @@ def _select_count(
 
 @triton.jit
 def _select_emit(
-    worth_ptr, position_ptr, keep_ptr, counts_ptr, index_ptr, A, P, K, C, N, sinks, recent,
-    HAS_KEEP: tl.constexpr, CHUNK: tl.constexpr, NP: tl.constexpr,
+    worth_ptr, position_ptr, keep_ptr, counts_ptr, index_ptr, A, P, K, N, sinks, recent,
+    C: tl.constexpr, FIRM: tl.constexpr, HAS_KEEP: tl.constexpr, CHUNK: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     """Write what a part of CHUNK pages gives to the choice, behind what the parts before it give."""
     pair, part = tl.program_id(0), tl.program_id(1)
@@ -331,7 +563,7 @@ def _select_emit(
     base = counts_ptr + pair.to(tl.int64) * (4 * N * 256)
     j = part * CHUNK + tl.arange(0, CHUNK)
     same = j < many
-    key = _keys_of(worth_ptr, pair.to(tl.int64) * P, j, same, C, sinks, first_recent)
+    key = _keys_of(worth_ptr, pair.to(tl.int64) * P, j, same, C, sinks, first_recent, FIRM)
     more, left, before, tied = same & (j < 0), want, 0, 0
     for stage in tl.static_range(4):
         at = base + (stage * N + parts)[:, None] * 256 + bins[None, :]
@@ -360,6 +592,44 @@ def _select_emit(
 def _rows(q: Tensor, who: str) -> None:
     if q.ndim != 4 or q.shape[2] != 1 or q.stride(3) != 1:
         raise InvalidInput(f"{who}: expected one token per row, q [B, H, 1, D] contiguous in D; got {tuple(q.shape)}")
+
+
+def _splits(x: Tensor, pairs: int, per_unit: int, most: int) -> int:
+    """Programs per pair, so that all of them run at once, `per_unit` on every multiprocessor; at most `most`, and 128."""
+    units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    return max(1, min(per_unit * units // pairs, most, 128))
+
+
+def store(
+    keys: Tensor,
+    values: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cursor: Tensor,
+    position: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Write the new token of every row in place; returns the slot that its query stands at, int64 ``[B, 1]`` and int32 ``[B]``.
+
+    keys ``[B, G, S, D]``, values ``[B, G, S, E]``; k ``[B, G, 1, D]``, v ``[B, G, 1, E]``. cursor: int64 ``[1]`` logical column
+    of the token, its slot in every row unless there are columns. position: int32 ``[B, 1]``, the slots where rows differ (below
+    0: none), or None. columns: int32 ``[B, room]``, the slot of each logical column, written as well; tokens go to `position`.
+    """
+    b, g, _, d = keys.shape
+    e = values.shape[3]
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    slot = torch.empty(b, 1, dtype=torch.int64, device=keys.device)
+    slot32 = torch.empty(b, dtype=torch.int32, device=keys.device)
+    where = cursor if position is None else position
+    _store[(b * g,)](
+        keys, values, k, v, cursor, where, slot32 if columns is None else columns, slot, slot32,
+        g, d, e, keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), 0 if position is None else position.stride(0),
+        0 if columns is None else columns.stride(0),
+        COLUMNS=columns is not None, DP=triton.next_power_of_2(d), EP=triton.next_power_of_2(e), num_warps=1,
+    )  # fmt: skip
+    return slot, slot32
 
 
 def page_bounds(keys: Tensor, bounds: Tensor, position: Tensor, *, block: int) -> None:
@@ -392,8 +662,22 @@ def token_label(
     )  # fmt: skip
 
 
+def _worth(b: int, a: int, p: int, like: Tensor) -> Tensor:
+    """Room for the worth of p pages, float32 ``[B, A, 1, p]``; rows begin at multiples of 64 bytes, to be read wide."""
+    return torch.empty(b, a, 1, triton.cdiv(p, 16) * 16, dtype=torch.float32, device=like.device)[..., :p]
+
+
 def page_scores(
-    q: Tensor, bounds: Tensor, position: Tensor, *, block: int, per_head: bool = False, tile: int = 64, warps: int = 4
+    q: Tensor,
+    bounds: Tensor,
+    position: Tensor,
+    *,
+    block: int,
+    per_head: bool = False,
+    splits: int | None = None,
+    tile: int = 32,
+    warps: int = 4,
+    stages: int = 3,
 ) -> Tensor:
     """Upper bounds of every logit in the pages before the own one: float32 ``[B, G, 1, P]``, or ``[B, H, 1, P]``.
 
@@ -405,14 +689,21 @@ def page_scores(
     g, p = bounds.shape[1:3]
     if bounds.shape[3] != 2 * d or bounds.stride(3) != 1 or h % g:
         raise InvalidInput(f"page_scores: bounds {tuple(bounds.shape)} do not fit q {tuple(q.shape)}")
-    worth = torch.empty(b, h if per_head else g, 1, p, dtype=torch.float32, device=q.device)
-    _page_scores[(b * g, triton.cdiv(p, tile))](
-        q, bounds, position, worth, g, h // g, p, block, d,
+    worth = _worth(b, h if per_head else g, p, q)
+    splits, wide = splits or _splits(q, b * g, 4, triton.cdiv(p, tile)), max(16, triton.next_power_of_2(d))
+    _page_scores[(b * g, splits)](
+        q, bounds, position, worth, g, h // g, worth.stride(1), splits, block, d,
         q.stride(0), q.stride(1), bounds.stride(0), bounds.stride(1), bounds.stride(2),
-        PER_HEAD=per_head, ROWS=max(16, triton.next_power_of_2(h // g)), BLOCK=tile,
-        DP=max(16, triton.next_power_of_2(d)), num_warps=warps,
+        PER_HEAD=per_head, EVEN=wide == d, ROWS=max(16, triton.next_power_of_2(h // g)), BLOCK=tile, DP=wide,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return worth
+
+
+def _words(labels: Tensor) -> Tensor:
+    """Bytes ``[..., n]`` as int32 words where they can be read so."""
+    whole = labels.shape[3] % 4 == 0 and labels.stride(3) == 1 and labels.storage_offset() % 4 == 0
+    return labels.view(torch.int32) if whole and all(x % 4 == 0 for x in labels.stride()[:3]) else labels
 
 
 def label_scores(
@@ -424,6 +715,9 @@ def label_scores(
     bits: int = 16,
     step: Tensor | None = None,
     low: Tensor | None = None,
+    splits: int | None = None,
+    tile: int = 512,
+    warps: int = 4,
 ) -> Tensor:
     """Approximate logits of the tokens before the own one, summed over a KV group: float32 ``[B, G, 1, M]``.
 
@@ -442,16 +736,23 @@ def label_scores(
         raise InvalidInput(
             f"label_scores: channels {tuple(channels.shape)} do not fit labels {tuple(labels.shape)} of {bits} bits"
         )
-    worth = torch.empty(b, g, 1, m, dtype=torch.float32, device=q.device)
+    worth = _worth(b, g, m, q)
     side = labels if step is None else step
-    block = 256
-    _label_scores[(b * g, triton.cdiv(m, block))](
+    labels = labels if bits == 16 else _words(labels)
+    splits, wide = splits or _splits(q, b * g, 8, triton.cdiv(m, tile)), triton.next_power_of_2(labels.shape[3])
+    _label_scores[(b * g, splits)](
         q, channels, labels, side, side if low is None else low, position, worth,
-        g, h // g, r, m, q.stride(0), q.stride(1), labels.stride(0), labels.stride(1), labels.stride(2),
+        g, h // g, r, worth.stride(1), splits, q.stride(0), q.stride(1), labels.stride(0), labels.stride(1),
         side.stride(0), side.stride(1),
-        BITS=bits, ROWS=triton.next_power_of_2(h // g), LP=triton.next_power_of_2(width), BLOCK=block, num_warps=4,
+        BITS=bits, PER=1 if bits == 16 else 8 * labels.element_size() // bits, STRIDE=labels.stride(2),
+        EVEN=wide == labels.shape[3], ROWS=triton.next_power_of_2(h // g), LP=wide, BLOCK=tile, num_warps=warps,
     )  # fmt: skip
     return worth
+
+
+def _warps(tile: int) -> int:
+    """Eight numbers a thread, up to the 1024 threads of a program."""
+    return max(1, min(32, tile // 256))
 
 
 def select(
@@ -472,24 +773,36 @@ def select(
     """
     b, a, _, p = worth.shape
     index = torch.empty(b, a, 1, count, dtype=torch.int32, device=worth.device)
-    worth, rows = worth.contiguous(), position if keep is None else keep
-    chunk = max(32, min(PART, triton.next_power_of_2(p)))
-    if p <= chunk:
+    if worth.stride(3) != 1 or worth.stride(1) < p or (b > 1 and worth.stride(0) != a * worth.stride(1)):
+        worth = worth.contiguous()
+    row, rows = worth.stride(1), position if keep is None else keep
+    whole = max(128, triton.next_power_of_2(p))
+    tile = min(whole, max(128, 2 * triton.next_power_of_2(count)))
+    what = {"C": block, "FIRM": sinks > 0 or recent > 0, "HAS_KEEP": keep is not None}
+    if whole <= PART:
         _select_short[(b * a,)](
-            worth, position, rows, index, a, p, count, block, sinks, recent,
-            HAS_KEEP=keep is not None, CHUNK=chunk, num_warps=8 if chunk > 1024 else 4,
+            worth, position, rows, index, a, row, count, sinks, recent, ROWS=whole // 4, num_warps=_warps(whole), **what
+        )
+        return index
+    if tile <= WIDE:
+        times = max(1, min(whole, WIDE) // tile)
+        scratch = torch.empty(b, a, row, dtype=torch.int32, device=worth.device)
+        _select_long[(b * a,)](
+            worth, position, rows, scratch, index, a, row, count, sinks, recent,
+            ROWS=tile // 4, TIMES=times, num_warps=_warps(tile * times), **what,
         )  # fmt: skip
         return index
+    chunk = PART
     while triton.cdiv(p, chunk) > 32:
         chunk *= 2
     parts = triton.cdiv(p, chunk)
     counts = torch.empty(b * a, 4, parts, 256, dtype=torch.int32, device=worth.device)
-    more = {"HAS_KEEP": keep is not None, "CHUNK": chunk, "NP": triton.next_power_of_2(parts), "num_warps": 8}
+    what |= {"CHUNK": chunk, "NP": triton.next_power_of_2(parts), "num_warps": 8}
     for stage in range(4):
         _select_count[(b * a, parts)](
-            worth, position, rows, counts, a, p, count, block, parts, sinks, recent, STAGE=stage, **more
+            worth, position, rows, counts, a, row, count, parts, sinks, recent, STAGE=stage, **what
         )
-    _select_emit[(b * a, parts)](worth, position, rows, counts, index, a, p, count, block, parts, sinks, recent, **more)
+    _select_emit[(b * a, parts)](worth, position, rows, counts, index, a, row, count, parts, sinks, recent, **what)
     return index
 
 
@@ -503,9 +816,9 @@ def gather_attention(
     block: int = 1,
     scale: float,
     splits: int | None = None,
-    tile: int = 64,
+    tile: int = 32,
     warps: int = 4,
-    stages: int = 3,
+    stages: int = 5,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token per row over the slots of its chosen pages, up to its own slot.
 
@@ -532,21 +845,20 @@ def gather_attention(
         )
     r, index = h // a, index.contiguous()
     tile = max(16, min(tile, triton.next_power_of_2(count * block)))
-    if splits is None:
-        units = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-        splits = max(1, min(128, triton.cdiv(4 * units, b * a), triton.cdiv(count * block, tile)))
+    splits = splits or _splits(q, b * a, 4, triton.cdiv(count * block, tile))
     part = torch.empty(b * a * splits * r * e, dtype=torch.float32, device=q.device)
     lse = torch.empty(b * a * splits * r, dtype=torch.float32, device=q.device)
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=q.device)
     out_lse = torch.empty(b, h, 1, dtype=torch.float32, device=q.device)
     wide_d, wide_e = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e))
     _gather[(b * a, splits)](
-        q, k, v, index, position, part, lse, scale * LOG2E, a, g, r, splits, count, block, d, e,
+        q, k, v, index, position, part, lse, scale * LOG2E, a, g, r, splits, count, d, e,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
-        ROWS=max(16, triton.next_power_of_2(r)), BLOCK=tile, DP=wide_d, EP=wide_e, num_warps=warps, num_stages=stages,
+        C=block, EVEN=(d, e) == (wide_d, wide_e), ROWS=max(16, triton.next_power_of_2(r)), BLOCK=tile, DP=wide_d, EP=wide_e,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     _merge[(b * h,)](part, lse, out, out_lse, r, splits, e, SP=triton.next_power_of_2(splits), EP=wide_e, num_warps=4)
     return out, out_lse
 
 
-__all__ = ["gather_attention", "label_scores", "page_bounds", "page_scores", "select", "token_label"]
+__all__ = ["gather_attention", "label_scores", "page_bounds", "page_scores", "select", "store", "token_label"]

@@ -147,13 +147,14 @@ class SelectiveCache(Recording):
         return place
 
     def _reserve(self, k: Tensor, v: Tensor, tokens: int) -> None:
-        """Room for `tokens` slots per row, in whole blocks."""
+        """Room for `tokens` slots per row, in whole blocks; of single tokens by 16, so that kernels read their labels wide."""
         c = self.block
+        unit = 16 if c == 1 else c
         if self.keys is None or self.values is None:
-            capacity = -(-max(tokens, self.room) // c) * c
+            capacity = -(-max(tokens, self.room) // unit) * unit
             self.keys, self.values = (self._room(x, capacity) for x in (k, v))
             return
-        capacity = -(-grown(self.keys.shape[2], tokens) // c) * c
+        capacity = -(-grown(self.keys.shape[2], tokens) // unit) * unit
         if capacity != self.keys.shape[2]:
             used = self.keys.shape[2]
             for name, old in (("keys", self.keys), ("values", self.values)):
@@ -464,17 +465,11 @@ class SelectiveCache(Recording):
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, now: Now) -> Tensor:
         """See `LayerCache.step`."""
         assert self.keys is not None and self.values is not None
-        position = (
-            now.position if now.start is not None else now.cursor.to(torch.int32).expand(q.shape[0]).unsqueeze(-1)
-        )
-        slot = position.long()[:, :, None, None]  # [B, 1, 1, 1]
-        if self.columns is None:
-            self.keys.index_copy_(2, now.cursor, k)
-            self.values.index_copy_(2, now.cursor, v)
-        else:
-            self.keys.scatter_(2, slot.expand_as(k), k)
-            self.values.scatter_(2, slot.expand_as(v), v)
-            self.columns.index_copy_(1, now.cursor, position)
+        slot, slot32 = kernel("gather:store")(
+            self.keys, self.values, k, v, cursor=now.cursor,
+            position=None if now.start is None else now.position, columns=self.columns,
+        )  # fmt: skip
+        position = slot32.unsqueeze(-1)
         self.advance()
         capacity = torch.tensor([self.keys.shape[2], max(self.lengths)])
         reads = self.reader.reads(capacity)
@@ -482,8 +477,8 @@ class SelectiveCache(Recording):
             return self._decode(q, None if self.columns is None else position, scale, now.length)
         c = self.block
         view = Reading(
-            q, slot[:, :, 0, 0], self.keys, self.values, self.features, c, max(1, -(-int(reads[0]) // c)), self.seen - 1, False,
-            None, position[:, 0].contiguous(), int(reads[0]) == int(reads[1]) and int(reads[0]) % c == 0, scale, self.geometry,
+            q, slot, self.keys, self.values, self.features, c, max(1, -(-int(reads[0]) // c)), self.seen - 1, False, None,
+            slot32, int(reads[0]) == int(reads[1]) and int(reads[0]) % c == 0, scale, self.geometry,
             self.notes, None if self.board is None else self.board.notes,
         )  # fmt: skip
         self.reader.observe(view)
