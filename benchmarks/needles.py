@@ -178,7 +178,7 @@ def table(a: argparse.Namespace) -> None:
     """Both sides in one file, best first."""
     parts = [json.loads(p.read_text()) for p in a.parts]
     rows = sorted((r for p in parts for r in p["rows"]), key=lambda r: -r["accuracy"])
-    peers = [p.get("versions") for p in parts[1:]]
+    peers = [p.get("versions") for p in parts if "machine" not in p]
     about = {k: v for k, v in parts[0].items() if k != "rows"}
     about["peers"] = [x for i, x in enumerate(peers) if x not in peers[:i]]
     write(a.out, about | {"keep": KEEP, "rows": rows})

@@ -26,10 +26,13 @@ from qkv.hosts import observe
 from qkv.ops import hyperattention
 
 
-def shuffled(x: Tensor, plan: hyperattention.Plan) -> Tensor:
+def shuffled(plan: hyperattention.Plan, *several: Tensor) -> list[Tensor]:
     """Random buckets in the place of the hash."""
-    rng = torch.Generator(x.device).manual_seed(plan.seed + x.shape[1])
-    return torch.randint(0, 1 << plan.lsh_num_projs, x.shape[:3], device=x.device, generator=rng)
+    found = []
+    for i, x in enumerate(several):
+        rng = torch.Generator(x.device).manual_seed(2 * plan.seed + i)
+        found.append(torch.randint(0, 1 << plan.lsh_num_projs, x.shape[:3], device=x.device, generator=rng))
+    return found
 
 
 @torch.no_grad()
@@ -61,13 +64,15 @@ def errors(model, ids: Tensor, settings: dict[str, Any], layers: list[int], seed
             for seed in range(seeds):
                 method = qkv.method("hyperattention", **settings, **more, seed=seed)
                 out = method(q, k, v, causal=causal, scale=call.scale)
-                with mock.patch.object(hyperattention, "bucket", shuffled):
+                with mock.patch.object(hyperattention, "buckets", shuffled):
                     control = method(q, k, v, causal=causal, scale=call.scale)
                 for name, got in ((way, out), (f"{way}, random order", control)):
                     found.setdefault(name, []).append(float((got - exact).norm() / exact.norm()))
 
     with observe(model, look):
         model(ids, use_cache=False, logits_to_keep=1)
+    for way in ways:
+        assert found[way] != found[f"{way}, random order"], "the control did not act"
     return {way: statistics.mean(values) for way, values in found.items()}
 
 
