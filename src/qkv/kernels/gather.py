@@ -5,7 +5,7 @@ r"""Decode attention over chosen pages or tokens, read in place, and what choose
     token_label    the label of the newest key, packed as the others are
     page_scores    u_p = max over the query heads of a KV head of  sum_c max(q_c lo_pc, q_c hi_pc)
     label_scores   s_m = sum over those heads of  <q[channels], label_m>,  labels of 16 bits or packed codes
-    select         the own page, then the best of the older ones by an exact radix select; ties go to the lower number
+    select         the own page, then exactly the best of the older ones in ascending order; ties go to the lower number
     gather_attention   softmax over the slots of the chosen pages alone, split over them, merged by log-sum-exp
 
 One query token per row. Shapes and launches do not depend on what is on the device, so all of it can be captured in a CUDA
