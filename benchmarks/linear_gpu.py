@@ -57,11 +57,11 @@ CHECKS: list[tuple[str, str, tuple[int, ...], str]] = [
     *(("fp16", gate, (2, 4, 2, 515, 64, 64), "drawn") for gate in GATES[:2]),
     *(("bf16", gate, (2, 3, 3, 200, 40, 24), "drawn") for gate in GATES),
 ]
-TRIES: dict[str, list[tuple[int, ...]]] = {  # tile, warps, stages, fill
-    "map": [(32, 8, 1), (64, 8, 1), (64, 4, 1), (128, 8, 1), (32, 4, 1)],
+TRIES: dict[str, list[tuple[int, ...]]] = {  # tile, warps, stages, fill, split
     "owed": [(32, 8, 1), (64, 8, 1), (64, 4, 1), (32, 4, 1)],
-    "scan": [(64, 8, 2, 1), (64, 8, 2, 2), (64, 8, 2, 3), (64, 4, 2, 2), (64, 4, 2, 3), (32, 4, 2, 3), (64, 4, 3, 3)],
-    "sum": [(64, 8, 1, 1), (64, 8, 1, 2), (64, 8, 1, 3), (64, 8, 2, 2), (64, 4, 1, 3), (64, 4, 2, 3), (32, 4, 2, 3)],
+    "scan": [(128, 8, 2, 1, 2), (128, 8, 3, 1, 2), (64, 8, 2, 1, 1), (64, 8, 2, 2, 1), (64, 4, 2, 2, 1), (64, 4, 2, 4, 1)],
+    "sum": [(128, 8, 2, 1, 2), (128, 8, 3, 1, 2), (64, 8, 2, 1, 1), (64, 4, 2, 2, 1), (64, 4, 2, 4, 1)],
+    "weigh": [(64, 8, 2, 4), (64, 8, 2, 1), (64, 4, 2, 2), (32, 4, 2, 3)],
     "each": [(64, 8, 2, 1), (64, 8, 2, 2), (64, 8, 2, 3), (64, 8, 1, 2), (64, 4, 2, 3), (32, 4, 2, 3)],
 }  # fmt: skip
 
@@ -304,7 +304,7 @@ class Rows:
 
 def settle(name: str, made: tuple[int, ...]) -> None:
     """One kernel's launch settings."""
-    kernels.LAUNCH[name] = dict(zip(("tile", "warps", "stages", "fill"), made, strict=False))
+    kernels.LAUNCH[name] = dict(zip(("tile", "warps", "stages", "fill", "split"), made, strict=False))
 
 
 class Crew:
@@ -352,7 +352,7 @@ def warm(jobs: list[str], seconds: float) -> None:
 def our_jobs() -> list[str]:
     """The kernels of the timed rows, one job each."""
     parts = {
-        "vector": ("map", "out", "dv", "owed", "dq", "dk"),
+        "vector": ("fold", "out", "dv", "owed", "dq", "dk"),
         "scalar": ("out", "dq", "dk", "dv"),
         "fixed": ("out", "dk"),
         "none": ("out", "dk"),
@@ -381,11 +381,14 @@ def compile_part(gate: str, part: str) -> None:
             continue
         assert decay is not None
         total = torch.zeros(b, h, chunks * kernels.CHUNK, d, device=DEVICE)
-        if part == "map":
-            kernels._run_map(q, k, kernels._run_prefix(decay))
+        if part == "fold":
+            kernels._run_fold(q, k, decay, d**-0.5, False), kernels._run_fold(q, k, decay, d**-0.5, True)
         elif part in ("out", "dv"):
-            chunk_map = q.new_zeros(b, h, chunks * kernels.CHUNK, kernels.CHUNK)
-            kernels._run_sum(q, k, v, total, chunk_map, None, **how, back=part == "dv")
+            chunk_map, last = (
+                q.new_zeros(b, h, chunks * kernels.CHUNK, kernels.CHUNK),
+                total[:, :, :chunks].contiguous(),
+            )
+            kernels._run_sum(q, k, v, last, chunk_map, None, back=part == "dv", dtype=torch.bfloat16)
         elif part == "owed":
             kernels._owing(v, q, k, v, total, d**-0.5)
         else:
@@ -445,7 +448,7 @@ def compile_job(job: str) -> None:
     else:
         settle(kind, tuple(map(int, rest)))
         for sizes in LONG:
-            ours(sizes, "scalar" if kind == "scan" else "vector")[1]()
+            ours(sizes, "scalar" if kind in ("scan", "weigh") else "vector")[1]()
     torch.cuda.synchronize()
 
 
@@ -464,7 +467,7 @@ def tune(rows: Rows) -> None:
         settle(name, made)
         row: dict[str, Any] = {"kernel": name, "settings": kernels.LAUNCH[name]}
         for sizes in LONG:
-            runs = ours(sizes, "scalar" if name == "scan" else "vector")
+            runs = ours(sizes, "scalar" if name in ("scan", "weigh") else "vector")
             row[f"N{sizes[2]}"] = [attempt(run, True) for run in runs]
         rows.add("tuned", row)
         times = [x for sizes in LONG for x in row[f"N{sizes[2]}"]]

@@ -144,12 +144,30 @@ def test_segments_and_tiles_change_nothing(gate: str, monkeypatch: pytest.Monkey
     from qkv.kernels import decayed
 
     monkeypatch.setattr(decayed, "CHUNK", 16)
-    monkeypatch.setattr(decayed, "_segments", lambda name, programs, chunks, device: (chunks, 1))
+    monkeypatch.setattr(decayed, "_segments", lambda fill, programs, chunks, device: (chunks, 1))
     for name in decayed.LAUNCH:
         monkeypatch.setitem(decayed.LAUNCH[name], "tile", 16)
     case = Case((1, 2, 1, 40, 18, 20), gate)
     case.tensors["state"] = case.state
     case.agrees(2e-5)
+
+
+@direct
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("gate", ["bhn", "bhnd"])
+def test_parts_of_segments_and_chunks_of_either_kind(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments whose states are summed in two parts; chunks that decay by little, by much, and in one channel alone."""
+    from qkv.kernels import decayed
+
+    monkeypatch.setattr(decayed, "_segments", lambda fill, programs, chunks, device: (-(-chunks // 2), 2))
+    for name in ("scan", "sum", "each", "weigh"):
+        monkeypatch.setitem(decayed.LAUNCH[name], "split", 2)
+    case = Case((1, 2, 1, 150, 12, 10), gate)
+    case.tensors["state"] = case.state
+    decay = case.tensors["log_decay"]
+    decay[:, :, 20:50] *= 40.0
+    decay.view(1, 2, 150, -1)[:, :, 100, :1] = -70.0
+    case.agrees(1e-4)
 
 
 @direct
@@ -245,6 +263,8 @@ def test_the_op_is_sound_for_torch_library() -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for decay, state in ((g.unsqueeze(-1), None), (None, case.state)):
         torch.library.opcheck(torch.ops.qkv.decayed, (q, k, v, decay, state, 0.5), test_utils=checks)
+        plain = [x if x is None else x.detach() for x in (q, k, v, decay, state)]
+        torch.library.opcheck(torch.ops.qkv.decayed_plain, (*plain, 0.5), test_utils=(checks[0], checks[2]))
 
 
 @direct

@@ -19,13 +19,13 @@ What crosses a whole chunk is one product of states, what starts or ends in it a
 (S . dS per channel with a decay per channel): every sum holds only what really crosses t. The pass of dq writes S at the start
 of each chunk, in the type of dot products, and the pass of dk multiplies it by its dS.
 
-With a decay per channel, W sits on the channels that o and dv sum over (kernel `_scan_sum`, the map is made first by `_map`) or
-on the channels of dq and dk (`_scan_each`, what tokens of a chunk owe one another comes first from `_owed`). Inside a chunk all
-pairs go through its start, W_ij = exp(G_i) exp(-G_j), one dot product, while the chunk decays by no more than `REACH` in all.
-Where the decay is stronger, the later half of a block reads the earlier half through its own first row, and so on by halves down
-to single tokens: every exponent is <= 0 however strong the decay, and all work is still dot products. When there are
-too few heads to fill the device, the sequence is cut into segments: their states alone are summed first, then every segment
-starts from the right one.
+With a decay per channel, W sits on the channels that o and dv sum over, or on the channels of dq and dk (`_scan_each`, what
+tokens of a chunk owe one another comes first from `_owed`). For o and dv, `_fold` writes q exp(G) and k exp(-G) once, and
+`_scan_sum` is left with dot products: W_ij = exp(G_i) exp(-G_j) goes through the chunk's start while the chunk decays by no more
+than `REACH` in all. Where the decay is stronger (the map of such a chunk is made by `_map`), the later half of a block reads the
+earlier half through its own first row, and so on by halves down to single tokens: every exponent is <= 0 however strong the
+decay, and all work is still dot products. When there are too few heads to fill the device, the sequence is cut into segments:
+their states alone are summed first, in parts, `_settle` runs over those, and every segment starts from the right one.
 
 Precision: sums in float32. bfloat16 operands stay bfloat16; float16 operands (exact in tf32, whose range is that of float32)
 are multiplied as tf32, so that scores beyond 65504 do not overflow; float32 as three tf32 products (``tf32x3``), near float32.
@@ -42,6 +42,7 @@ Z the width it writes.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -54,16 +55,18 @@ from qkv.core.errors import InvalidInput, Refused
 WIDEST = 256
 CHUNK = 64
 REACH = tl.constexpr(60.0)  # exp(60) times what it multiplies is far from overflow, exp(-60) from what float32 drops
-# Launch settings: `tile` channels of the output per program, `warps`, `stages` of load pipelining; `fill`: programs wanted per
-# multiprocessor where a sequence is cut into segments, which it is when there are too few heads to give each of them one.
-# benchmarks/linear_gpu.py --tune tries others.
+# Launch settings: `tile` channels of the output per program, `warps`, `stages` of load pipelining; `fill`: programs that a
+# multiprocessor takes at once (a sequence is cut into segments as long as there is room); `split`: parts in which the state of a
+# segment is summed beforehand; `rows` at a time. benchmarks/linear_gpu.py --tune tries others.
 LAUNCH: dict[str, dict[str, int]] = {
-    "scan": {"tile": 64, "warps": 8, "stages": 2, "fill": 4},
-    "sum": {"tile": 64, "warps": 8, "stages": 1, "fill": 4},
-    "each": {"tile": 64, "warps": 8, "stages": 2, "fill": 4},
+    "scan": {"tile": 128, "warps": 8, "stages": 2, "fill": 1, "split": 2},
+    "weigh": {"tile": 64, "warps": 8, "stages": 2, "fill": 1},
+    "sum": {"tile": 128, "warps": 8, "stages": 2, "fill": 1, "split": 2},
+    "each": {"tile": 64, "warps": 8, "stages": 2, "fill": 1},
+    "fold": {"rows": 8, "warps": 1},
     "map": {"tile": 32, "warps": 4, "stages": 1},
     "owed": {"tile": 64, "warps": 4, "stages": 1},
-    "prefix": {"tile": 64, "warps": 4, "stages": 1},
+    "suffix": {"tile": 64, "warps": 4, "stages": 1},
 }
 
 
@@ -74,45 +77,34 @@ def _falling(x):
 
 
 @triton.jit
+def _apart(product, x):
+    """The sum. As an operand of the product, x would be made in its layout, which 8 warps and 64 rows do not share."""
+    return tl.fma(product, tl.full(product.shape, 1.0, tl.float32), x)
+
+
+@triton.jit
 def _tile(ptr, r, c, stride, rows, columns):
     """Rows r, columns c of a matrix whose rows are `stride` apart, 0 outside; with r along the second axis, its transpose."""
     return tl.load(ptr + r * stride + c, mask=(r < rows) & (c < columns), other=0.0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "H",
-        "N",
-        "pairs",
-        "segments",
-        "per",
-        "x_r",
-        "y_r",
-        "z_r",
-        "w_r",
-        "s_pair",
-        "s_seg",
-        "s_k",
-        "s_z",
-    ]
-)
+@triton.jit(do_not_specialize=["H", "N", "pairs", "parts", "per", "x_r", "y_r", "z_r", "w_r"])
 def _scan(
     x_ptr, y_ptr, z_ptr, g_ptr, w_ptr, start_ptr, out_ptr, weighed_ptr, held_ptr, carry_ptr, end_ptr, rate_ptr,
-    scale_in, scale_out, H, N, KW, ZW, pairs, segments, per,
+    scale_in, scale_out, H, N, KW, ZW, pairs, parts, per,
     x_b, x_h, x_n, x_r, y_b, y_h, y_n, y_r, z_b, z_h, z_n, z_r, g_b, g_h, g_n, w_b, w_h, w_n, w_r,
-    s_pair, s_seg, s_k, s_z,
-    DECAY: tl.constexpr, BACK: tl.constexpr, WEIGH: tl.constexpr, ENDS: tl.constexpr,
+    DECAY: tl.constexpr, BACK: tl.constexpr, WEIGH: tl.constexpr, ENDS: tl.constexpr, START: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, K: tl.constexpr, Z: tl.constexpr,
 ):  # fmt: skip
-    """out_i = sum_j (x_i . y_j) W_ij z_j over j <= i (BACK: j >= i), one decay per token or none; grid (tiles, B H, segments).
+    """out_i = sum_j (x_i . y_j) W_ij z_j over j <= i (BACK: j >= i), one decay per token or none; grid (tiles, B H, parts).
 
-    Starts from one state per segment. WEIGH: also write sum_z w out per token, without the token's own share, which dq and dk
-    have in common and their difference is better off without; and hold the state at the start of each chunk, or (BACK) write
-    the carry of each chunk: those states times the ones of this pass, plus the part of the sums that comes from other chunks.
-    ENDS: only the state of each segment, from zero, and what the segment leaves of an earlier state. BACK counts chunks and
-    segments from the end.
+    Starts from one state per part (START, else from zero). WEIGH: also write sum_z w out per token, without the token's own
+    share, which dq and dk have in common and their difference is better off without; and hold the state at the start of each
+    chunk, or (BACK) write the carry of each chunk: those states times the ones of this pass, plus the part of the sums that comes
+    from other chunks. ENDS: only the state of each part, from zero, and what the part leaves of an earlier state. BACK counts
+    chunks and parts from the end.
     """
-    tile, pair, seg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, pair, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (pair // H).to(tl.int64), pair % H
     x_ptr += b * x_b + (h // x_r).to(tl.int64) * x_h
     y_ptr += b * y_b + (h // y_r).to(tl.int64) * y_h
@@ -126,16 +118,13 @@ def _scan(
     carry_ptr += (tile.to(tl.int64) * pairs + pair) * chunks
     r, kk, zz = tl.arange(0, C), tl.arange(0, K), tile * Z + tl.arange(0, Z)
     inside = (kk < KW)[:, None] & (zz < ZW)[None, :]
+    spots = kk[:, None] * ZW + zz[None, :]
     s = tl.zeros((K, Z), tl.float32)
-    if not ENDS:
-        at = start_ptr + pair.to(tl.int64) * s_pair + seg.to(tl.int64) * s_seg
-        s += tl.load(at + kk[:, None] * s_k + zz[None, :] * s_z, mask=inside, other=0.0)
-    if BACK:
-        seen = r[:, None] <= r[None, :]
-    else:
-        seen = r[:, None] >= r[None, :]
+    if START:
+        s += tl.load(start_ptr + (pair.to(tl.int64) * parts + part) * KW * ZW + spots, mask=inside, other=0.0)
+    scale = scale_in * scale_out
     left = 0.0
-    for step in range(seg * per, tl.minimum(seg * per + per, chunks)):
+    for step in range(part * per, tl.minimum(part * per + per, chunks)):
         c = step
         if BACK:
             c = chunks - 1 - step
@@ -151,64 +140,130 @@ def _scan(
             left += last
         if not ENDS:
             x = _tile(x_ptr + low * x_n, r[:, None], kk[None, :], x_n, rows, KW).to(DT)
-            if WEIGH:
-                spot = held_ptr + c.to(tl.int64) * KW * ZW + kk[:, None] * ZW + zz[None, :]
-                if BACK:
-                    held = tl.load(spot, mask=inside, other=0.0).to(tl.float32)
-                else:
-                    tl.store(spot, s.to(held_ptr.dtype.element_ty), mask=inside)
             p = tl.dot(x, yt, input_precision=PRECISION)
             inter = tl.dot(x, s.to(DT), input_precision=PRECISION)
             if DECAY:
                 if BACK:
-                    p = tl.where(seen, p * _falling(total[None, :] - total[:, None]), 0.0)
-                    inter = inter * after[:, None]
+                    inter = inter * (after * scale_out)[:, None]
+                    p = tl.where(r[:, None] <= r[None, :], p * _falling(total[None, :] - total[:, None]), 0.0)
                 else:
-                    p = tl.where(seen, p * _falling(total[:, None] - total[None, :]), 0.0)
-                    inter = inter * before[:, None]
+                    inter = inter * (before * scale_out)[:, None]
+                    p = tl.where(r[:, None] >= r[None, :], p * _falling(total[:, None] - total[None, :]), 0.0)
             else:
-                p = tl.where(seen, p, 0.0)
+                inter = inter * scale_out
+                if BACK:
+                    p = tl.where(r[:, None] <= r[None, :], p, 0.0)
+                else:
+                    p = tl.where(r[:, None] >= r[None, :], p, 0.0)
+            fits = (r < rows)[:, None] & (zz < ZW)[None, :]
             if WEIGH:
                 own = tl.sum(tl.where(r[:, None] == r[None, :], p, 0.0), 1)
                 p = tl.where(r[:, None] == r[None, :], 0.0, p)
-            out = (tl.dot(p.to(DT), z, input_precision=PRECISION) * scale_in + inter) * scale_out
-            if WEIGH:
+                out = tl.dot(p.to(DT), z, input_precision=PRECISION) * scale + inter
                 w = _tile(w_ptr + low * w_n, r[:, None], zz[None, :], w_n, rows, ZW).to(tl.float32)
                 tl.store(weighed_ptr + low + r, tl.sum(w * out, 1), mask=r < rows)
+                spot = held_ptr + c.to(tl.int64) * KW * ZW + spots
                 if BACK:
+                    held = tl.load(spot, mask=inside, other=0.0).to(tl.float32)
                     across = tl.sum(tl.sum(held * s, 1), 0) * tl.exp(last)
-                    tl.store(carry_ptr + c, across + tl.sum(tl.sum(w * inter, 1), 0) * scale_out)
-                out += own[:, None] * z.to(tl.float32) * (scale_in * scale_out)
-            fits = (r < rows)[:, None] & (zz < ZW)[None, :]
+                    tl.store(carry_ptr + c, across + tl.sum(tl.sum(w * inter, 1), 0))
+                else:
+                    tl.store(spot, s.to(held_ptr.dtype.element_ty), mask=inside)
+                out += (own * scale)[:, None] * z.to(tl.float32)
+            else:
+                out = tl.dot(p.to(DT), z, input_precision=PRECISION) * scale + inter
             tl.store(out_ptr + low * ZW + r[:, None] * ZW + zz[None, :], out.to(out_ptr.dtype.element_ty), mask=fits)
         if DECAY:
             if BACK:
-                z = (z.to(tl.float32) * before[:, None]).to(DT)
+                z = (z.to(tl.float32) * (before * scale_in)[:, None]).to(DT)
             else:
                 z = (z.to(tl.float32) * after[:, None]).to(DT)
-            s = s * tl.exp(last)
-        s += tl.dot(yt, z, input_precision=PRECISION) * scale_in
+            s = tl.dot(yt, z, s * tl.exp(last), input_precision=PRECISION)
+        elif BACK:
+            s += tl.dot(yt, z, input_precision=PRECISION) * scale_in
+        else:
+            s = tl.dot(yt, z, s, input_precision=PRECISION)
     if ENDS:
-        end_ptr += (pair.to(tl.int64) * segments + seg) * KW * ZW
-        tl.store(end_ptr + kk[:, None] * ZW + zz[None, :], s, mask=inside)
+        tl.store(end_ptr + (pair.to(tl.int64) * parts + part) * KW * ZW + spots, s, mask=inside)
         if tile == 0:
-            tl.store(rate_ptr + pair * segments + seg, tl.exp(left))
+            tl.store(rate_ptr + pair * parts + part, tl.exp(left))
     else:
-        if seg == segments - 1:
-            end_ptr += pair.to(tl.int64) * KW * ZW
-            tl.store(end_ptr + kk[:, None] * ZW + zz[None, :], s, mask=inside)
+        if part == parts - 1:
+            tl.store(end_ptr + pair.to(tl.int64) * KW * ZW + spots, s, mask=inside)
 
 
-@triton.jit(do_not_specialize=["H", "N", "room"])
-def _prefix(g_ptr, total_ptr, H, N, DW, room, g_b, g_h, g_n, C: tl.constexpr, Z: tl.constexpr):
-    """G: cumulative sums of the log-decays, anew in each chunk; past the last token they stay as they are."""
-    c, pair, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    r, d = tl.arange(0, C)[:, None], tile * Z + tl.arange(0, Z)[None, :]
-    low = (c * C).to(tl.int64)
-    g_ptr += (pair // H).to(tl.int64) * g_b + (pair % H).to(tl.int64) * g_h + low * g_n
-    g = _tile(g_ptr, r, d, g_n, N - c * C, DW).to(tl.float32)
-    total_ptr += (pair.to(tl.int64) * room + low) * DW
-    tl.store(total_ptr + r * DW + d, tl.cumsum(g, 0), mask=(r < C) & (d < DW))
+@triton.jit(do_not_specialize=["parts", "split"])
+def _settle(
+    end_ptr, rate_ptr, state_ptr, start_ptr, KW, ZW, parts, split, r_pair, r_part, r_k, r_z,
+    START: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """States that segments of `split` parts start from, of what each part adds and leaves; grid (blocks of the state, B H).
+
+    START: the first starts from `state`, else from zero.
+    """
+    block, pair = tl.program_id(0), tl.program_id(1)
+    at = block * SIZE + tl.arange(0, SIZE)
+    inside = at < KW * ZW
+    rate_ptr += pair.to(tl.int64) * r_pair + (at // ZW) * r_k + (at % ZW) * r_z
+    end_ptr += pair.to(tl.int64) * parts * KW * ZW + at
+    start_ptr += pair.to(tl.int64) * (parts // split + 1) * KW * ZW + at
+    s = tl.zeros((SIZE,), tl.float32)
+    if START:
+        s += tl.load(state_ptr + pair.to(tl.int64) * KW * ZW + at, mask=inside, other=0.0)
+    tl.store(start_ptr, s, mask=inside)
+    for part in tl.range(0, parts, num_stages=4):
+        added = tl.load(end_ptr + part * KW * ZW, mask=inside, other=0.0)
+        s = s * tl.load(rate_ptr + part * r_part, mask=inside, other=0.0) + added
+        if (part + 1) % split == 0:
+            tl.store(start_ptr + (part + 1) // split * KW * ZW, s, mask=inside)
+
+
+@triton.jit(do_not_specialize=["H", "N", "k_r"])
+def _fold(
+    q_ptr, k_ptr, g_ptr, late_ptr, early_ptr, total_ptr, last_ptr, scale, H, N, DW,
+    q_b, q_h, q_n, k_b, k_h, k_n, k_r, g_b, g_h, g_n,
+    KEEP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, Z: tl.constexpr,
+):  # fmt: skip
+    """What decays per channel become once and for all, chunk by chunk, R rows at a time; grid (chunks, B H).
+
+    late: scale q exp(G); early: k exp(-G), or k exp(G_last - G) where the chunk decays by `REACH` or more; last: G_last; total: G
+    of the chunks that do (KEEP: of all). Past the last token q and k are 0 and G stays as it is.
+    """
+    c, pair = tl.program_id(0), tl.program_id(1)
+    b, h, low = (pair // H).to(tl.int64), pair % H, (c * C).to(tl.int64)
+    r, d = tl.arange(0, R)[:, None], tl.arange(0, Z)
+    g_ptr += b * g_b + h.to(tl.int64) * g_h + low * g_n
+    q_ptr += b * q_b + h.to(tl.int64) * q_h + low * q_n
+    k_ptr += b * k_b + (h // k_r).to(tl.int64) * k_h + low * k_n
+    chunk = pair.to(tl.int64) * tl.num_programs(0) + c
+    late_ptr += chunk * C * DW
+    early_ptr += chunk * C * DW
+    total_ptr += chunk * C * DW
+    rows = N - c * C
+    last = tl.zeros((Z,), tl.float32)
+    for at in range(0, C, R):
+        g = _tile(g_ptr, at + r, d[None, :], g_n, rows, DW).to(tl.float32)
+        q = _tile(q_ptr, at + r, d[None, :], q_n, rows, DW).to(tl.float32)
+        k = _tile(k_ptr, at + r, d[None, :], k_n, rows, DW).to(tl.float32)
+        total = tl.cumsum(g, 0) + last[None, :]
+        last += tl.sum(g, 0)
+        spot, inside = (at + r) * DW + d[None, :], (r < R) & (d < DW)[None, :]
+        tl.store(late_ptr + spot, (q * (tl.exp(total) * scale)).to(late_ptr.dtype.element_ty), mask=inside)
+        tl.store(early_ptr + spot, (k * tl.exp(tl.minimum(-total, REACH))).to(early_ptr.dtype.element_ty), mask=inside)
+        if KEEP:
+            tl.store(total_ptr + spot, total, mask=inside)
+    tl.store(last_ptr + chunk * DW + d, last, mask=d < DW)
+    if -tl.min(last, 0) >= REACH:
+        before = tl.zeros((Z,), tl.float32)
+        for at in range(0, C, R):
+            g = _tile(g_ptr, at + r, d[None, :], g_n, rows, DW).to(tl.float32)
+            k = _tile(k_ptr, at + r, d[None, :], k_n, rows, DW).to(tl.float32)
+            total = tl.cumsum(g, 0) + before[None, :]
+            before += tl.sum(g, 0)
+            spot, inside = (at + r) * DW + d[None, :], (r < R) & (d < DW)[None, :]
+            k *= _falling(last[None, :] - total)
+            tl.store(early_ptr + spot, k.to(early_ptr.dtype.element_ty), mask=inside)
+            tl.store(total_ptr + spot, total, mask=inside)
 
 
 @triton.jit
@@ -239,18 +294,25 @@ def _reach(total, d, DW):
     return -tl.min(tl.min(tl.where((d < DW)[None, :], total, 0.0), 1), 0)
 
 
-@triton.jit(do_not_specialize=["H", "N", "room", "k_r"])
+@triton.jit(do_not_specialize=["H", "N", "k_r"])
 def _map(
-    q_ptr, k_ptr, total_ptr, map_ptr, H, N, DW, room, q_b, q_h, q_n, k_b, k_h, k_n, k_r,
+    q_ptr, k_ptr, total_ptr, last_ptr, map_ptr, scale, H, N, DW, q_b, q_h, q_n, k_b, k_h, k_n, k_r,
     LEVELS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, Z: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """sum_d q_id k_jd exp(G_id - G_jd), j <= i, of one chunk, at once or by halves of halves; grid (chunks, B H)."""
+    """The map, scale sum_d q_id k_jd exp(G_id - G_jd), j <= i, of one chunk by halves of halves; grid (chunks, B H).
+
+    Only where the chunk decays by `REACH` or more.
+    """
     c, pair = tl.program_id(0), tl.program_id(1)
+    chunk = pair.to(tl.int64) * tl.num_programs(0) + c
+    dd = tl.arange(0, DP)
+    if -tl.min(tl.load(last_ptr + chunk * DW + dd, mask=dd < DW, other=0.0), 0) < REACH:
+        return
     b, h = (pair // H).to(tl.int64), pair % H
     low, rows = (c * C).to(tl.int64), N - c * C
     q_ptr += b * q_b + h.to(tl.int64) * q_h + low * q_n
     k_ptr += b * k_b + (h // k_r).to(tl.int64) * k_h + low * k_n
-    total_ptr += (pair.to(tl.int64) * room + low) * DW
+    total_ptr += chunk * C * DW
     r = tl.arange(0, C)
     i, j = r[:, None], r[None, :]
     out = tl.zeros((C, C), tl.float32)
@@ -263,83 +325,80 @@ def _map(
         total = _tile(total_ptr, i, d[None, :], DW, C, DW)
         total_t = _tile(total_ptr, j, d[:, None], DW, C, DW)
         own += tl.sum(q * k, 1)
-        if _reach(total, d, DW) < REACH:
-            late, early = q * tl.exp(total), kt * tl.exp(-total_t)
-            out += tl.where(i > j, tl.dot(late.to(DT), early.to(DT), input_precision=PRECISION), 0.0)
-        else:
-            for level in tl.static_range(LEVELS):
-                out += _crossing(q, kt, total, total_t, total_ptr, r, d, DW, DT, PRECISION, C, C >> (level + 1))
+        for level in tl.static_range(LEVELS):
+            out += _crossing(q, kt, total, total_t, total_ptr, r, d, DW, DT, PRECISION, C, C >> (level + 1))
     out += tl.where(i == j, own[:, None], 0.0)
-    map_ptr += (pair.to(tl.int64) * room + low) * C
-    tl.store(map_ptr + i * C + j, out.to(map_ptr.dtype.element_ty))
+    map_ptr += chunk * C * C
+    tl.store(map_ptr + i * C + j, (out * scale).to(map_ptr.dtype.element_ty))
 
 
-@triton.jit(
-    do_not_specialize=["H", "N", "room", "segments", "per", "x_r", "y_r", "z_r", "s_pair", "s_seg", "s_k", "s_z"]
-)
+@triton.jit(do_not_specialize=["H", "N", "parts", "per", "z_r"])
 def _scan_sum(
-    x_ptr, y_ptr, z_ptr, total_ptr, map_ptr, start_ptr, out_ptr, end_ptr, rate_ptr,
-    scale_in, scale_out, H, N, KW, ZW, room, segments, per,
-    x_b, x_h, x_n, x_r, y_b, y_h, y_n, y_r, z_b, z_h, z_n, z_r,
-    s_pair, s_seg, s_k, s_z,
-    BACK: tl.constexpr, ENDS: tl.constexpr,
+    x_ptr, y_ptr, z_ptr, last_ptr, map_ptr, start_ptr, out_ptr, end_ptr, rate_ptr,
+    H, N, KW, ZW, parts, per, z_b, z_h, z_n, z_r,
+    BACK: tl.constexpr, ENDS: tl.constexpr, START: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, K: tl.constexpr, Z: tl.constexpr,
 ):  # fmt: skip
-    """As `_scan`, with a decay per channel that is summed over: out and dv. The map of each chunk is read, not made."""
-    tile, pair, seg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """As `_scan`, with a decay per channel that is summed over: out and dv, of x and y that `_fold` made.
+
+    The map is their product where the chunk decays by less than `REACH`, and read where it does not. There early holds the
+    decay to the chunk's end; elsewhere the state takes it.
+    """
+    tile, pair, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (pair // H).to(tl.int64), pair % H
-    x_ptr += b * x_b + (h // x_r).to(tl.int64) * x_h
-    y_ptr += b * y_b + (h // y_r).to(tl.int64) * y_h
+    chunks = tl.cdiv(N, C)
+    x_ptr += pair.to(tl.int64) * chunks * C * KW
+    y_ptr += pair.to(tl.int64) * chunks * C * KW
     z_ptr += b * z_b + (h // z_r).to(tl.int64) * z_h
-    total_ptr += pair.to(tl.int64) * room * KW
-    map_ptr += pair.to(tl.int64) * room * C
+    last_ptr += pair.to(tl.int64) * chunks * KW
+    map_ptr += pair.to(tl.int64) * chunks * C * C
     out_ptr += pair.to(tl.int64) * N * ZW
     r, kk, zz = tl.arange(0, C), tl.arange(0, K), tile * Z + tl.arange(0, Z)
     inside = (kk < KW)[:, None] & (zz < ZW)[None, :]
+    spots = kk[:, None] * ZW + zz[None, :]
     s = tl.zeros((K, Z), tl.float32)
-    if not ENDS:
-        at = start_ptr + pair.to(tl.int64) * s_pair + seg.to(tl.int64) * s_seg
-        s += tl.load(at + kk[:, None] * s_k + zz[None, :] * s_z, mask=inside, other=0.0)
+    if START:
+        s += tl.load(start_ptr + (pair.to(tl.int64) * parts + part) * KW * ZW + spots, mask=inside, other=0.0)
     left = tl.zeros((K,), tl.float32)
-    chunks = tl.cdiv(N, C)
-    for step in range(seg * per, tl.minimum(seg * per + per, chunks)):
+    for step in range(part * per, tl.minimum(part * per + per, chunks)):
         c = step
         if BACK:
             c = chunks - 1 - step
         low = (c * C).to(tl.int64)
         rows = (N - c * C).to(tl.int32)
+        yt = _tile(y_ptr + low * KW, r[None, :], kk[:, None], KW, C, KW).to(DT)
         z = _tile(z_ptr + low * z_n, r[:, None], zz[None, :], z_n, rows, ZW).to(DT)
-        last = tl.load(total_ptr + (low + C - 1) * KW + kk, mask=kk < KW, other=0.0)
+        last = tl.load(last_ptr + c * KW + kk, mask=kk < KW, other=0.0)
         left += last
+        reach, rate = -tl.min(last, 0), tl.exp(last)
+        first = tl.where(kk * 0 + reach >= REACH, rate, 1.0)[:, None]
+        then = tl.where(kk * 0 + reach >= REACH, 1.0, rate)[:, None]
+        if BACK:
+            s = s * then
         if not ENDS:
-            x = _tile(x_ptr + low * x_n, r[:, None], kk[None, :], x_n, rows, KW).to(tl.float32)
-            total = _tile(total_ptr + low * KW, r[:, None], kk[None, :], KW, C, KW)
+            x = _tile(x_ptr + low * KW, r[:, None], kk[None, :], KW, C, KW).to(DT)
+            inter = tl.dot(x, s.to(DT), input_precision=PRECISION)
+            p = tl.dot(x, yt, input_precision=PRECISION)
+            strong = (r * 0 + reach >= REACH)[:, None]
             if BACK:
-                p = tl.load(map_ptr + low * C + r[None, :] * C + r[:, None])  # the transpose: row j, column i
-                x = x * _falling(last[None, :] - total)
+                far = tl.load(map_ptr + low * C + r[None, :] * C + r[:, None], mask=strong, other=0.0)
+                p = tl.where(r[:, None] <= r[None, :], tl.where(strong, far.to(tl.float32), p), 0.0)
             else:
-                p = tl.load(map_ptr + low * C + r[:, None] * C + r[None, :])
-                x = x * tl.exp(total)
-            out = tl.dot(p, z, input_precision=PRECISION) * scale_in
-            out = (out + tl.dot(x.to(DT), s.to(DT), input_precision=PRECISION)) * scale_out
+                far = tl.load(map_ptr + low * C + r[:, None] * C + r[None, :], mask=strong, other=0.0)
+                p = tl.where(r[:, None] >= r[None, :], tl.where(strong, far.to(tl.float32), p), 0.0)
+            out = _apart(tl.dot(p.to(DT), z, input_precision=PRECISION), inter)
             fits = (r < rows)[:, None] & (zz < ZW)[None, :]
             tl.store(out_ptr + low * ZW + r[:, None] * ZW + zz[None, :], out.to(out_ptr.dtype.element_ty), mask=fits)
-        yt = _tile(y_ptr + low * y_n, r[None, :], kk[:, None], y_n, rows, KW).to(tl.float32)
-        total_t = _tile(total_ptr + low * KW, r[None, :], kk[:, None], KW, C, KW)
-        if BACK:
-            yt = yt * tl.exp(total_t)
-        else:
-            yt = yt * _falling(last[:, None] - total_t)
-        s = s * tl.exp(last)[:, None] + tl.dot(yt.to(DT), z, input_precision=PRECISION) * scale_in
+        s = tl.dot(yt, z, s * first, input_precision=PRECISION)
+        if not BACK:
+            s = s * then
     if ENDS:
-        end_ptr += (pair.to(tl.int64) * segments + seg) * KW * ZW
-        tl.store(end_ptr + kk[:, None] * ZW + zz[None, :], s, mask=inside)
+        tl.store(end_ptr + (pair.to(tl.int64) * parts + part) * KW * ZW + spots, s, mask=inside)
         if tile == 0:
-            tl.store(rate_ptr + (pair * segments + seg) * KW + kk, tl.exp(left), mask=kk < KW)
+            tl.store(rate_ptr + (pair * parts + part) * KW + kk, tl.exp(left), mask=kk < KW)
     else:
-        if seg == segments - 1:
-            end_ptr += pair.to(tl.int64) * KW * ZW
-            tl.store(end_ptr + kk[:, None] * ZW + zz[None, :], s, mask=inside)
+        if part == parts - 1:
+            tl.store(end_ptr + pair.to(tl.int64) * KW * ZW + spots, s, mask=inside)
 
 
 @triton.jit
@@ -416,39 +475,36 @@ def _owed(
         tl.store(own_ptr + pair.to(tl.int64) * N + low + r, own * scale, mask=r < rows)
 
 
-@triton.jit(
-    do_not_specialize=["H", "N", "room", "segments", "per", "x_r", "y_r", "z_r", "w_r", "s_pair", "s_seg", "s_k", "s_z"]
-)
+@triton.jit(do_not_specialize=["H", "N", "parts", "per", "x_r", "y_r", "z_r", "w_r"])
 def _scan_each(
     x_ptr, y_ptr, z_ptr, w_ptr, total_ptr, owed_ptr, own_ptr, slope_ptr, start_ptr, out_ptr, held_ptr, carry_ptr, end_ptr,
     rate_ptr,
-    scale_in, scale_out, H, N, KW, ZW, room, segments, per,
+    scale_in, scale_out, H, N, KW, ZW, parts, per,
     x_b, x_h, x_n, x_r, y_b, y_h, y_n, y_r, z_b, z_h, z_n, z_r, w_b, w_h, w_n, w_r,
-    s_pair, s_seg, s_k, s_z,
-    BACK: tl.constexpr, ENDS: tl.constexpr,
+    BACK: tl.constexpr, ENDS: tl.constexpr, START: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, K: tl.constexpr, Z: tl.constexpr,
 ):  # fmt: skip
     """As `_scan`, with a decay per channel of the output: dq, then (BACK) dk, each on top of what `_owed` wrote.
 
     dq adds q dq to `slope` and holds its states; dk takes k dk away and writes the carry of each chunk. See `_scan`.
     """
-    tile, pair, seg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, pair, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (pair // H).to(tl.int64), pair % H
     x_ptr += b * x_b + (h // x_r).to(tl.int64) * x_h
     y_ptr += b * y_b + (h // y_r).to(tl.int64) * y_h
     z_ptr += b * z_b + (h // z_r).to(tl.int64) * z_h
     w_ptr += b * w_b + (h // w_r).to(tl.int64) * w_h
-    total_ptr += pair.to(tl.int64) * room * ZW
+    chunks = tl.cdiv(N, C)
+    total_ptr += pair.to(tl.int64) * chunks * C * ZW
     flat = pair.to(tl.int64) * N * ZW
     r, kk, zz = tl.arange(0, C), tl.arange(0, K), tile * Z + tl.arange(0, Z)
     inside = (kk < KW)[:, None] & (zz < ZW)[None, :]
+    spots = kk[:, None] * ZW + zz[None, :]
     s = tl.zeros((K, Z), tl.float32)
-    if not ENDS:
-        at = start_ptr + pair.to(tl.int64) * s_pair + seg.to(tl.int64) * s_seg
-        s += tl.load(at + kk[:, None] * s_k + zz[None, :] * s_z, mask=inside, other=0.0)
+    if START:
+        s += tl.load(start_ptr + (pair.to(tl.int64) * parts + part) * KW * ZW + spots, mask=inside, other=0.0)
     left = tl.zeros((Z,), tl.float32)
-    chunks = tl.cdiv(N, C)
-    for step in range(seg * per, tl.minimum(seg * per + per, chunks)):
+    for step in range(part * per, tl.minimum(part * per + per, chunks)):
         c = step
         if BACK:
             c = chunks - 1 - step
@@ -468,7 +524,7 @@ def _scan_each(
             out = tl.load(owed_ptr + spot, mask=fits, other=0.0)
             w = _tile(w_ptr + low * w_n, r[:, None], zz[None, :], w_n, rows, ZW).to(tl.float32)
             slope = tl.load(slope_ptr + spot, mask=fits, other=0.0)
-            held_at = held_ptr + (pair.to(tl.int64) * chunks + c) * KW * ZW + kk[:, None] * ZW + zz[None, :]
+            held_at = held_ptr + (pair.to(tl.int64) * chunks + c) * KW * ZW + spots
             if BACK:
                 held = tl.load(held_at, mask=inside, other=0.0).to(tl.float32)
                 inter = inter * after * scale_out
@@ -486,14 +542,13 @@ def _scan_each(
             out += own[:, None] * z
             tl.store(out_ptr + spot, out.to(out_ptr.dtype.element_ty), mask=fits)
         if BACK:
-            z = z * before
+            z = z * (before * scale_in)
         else:
             z = z * after
-        s = s * tl.exp(last)[None, :] + tl.dot(yt, z.to(DT), input_precision=PRECISION) * scale_in
+        s = tl.dot(yt, z.to(DT), s * tl.exp(last)[None, :], input_precision=PRECISION)
     if ENDS:
-        end_ptr += (pair.to(tl.int64) * segments + seg) * KW * ZW
-        tl.store(end_ptr + kk[:, None] * ZW + zz[None, :], s, mask=inside)
-        tl.store(rate_ptr + (pair * segments + seg) * ZW + zz, tl.exp(left), mask=zz < ZW)
+        tl.store(end_ptr + (pair.to(tl.int64) * parts + part) * KW * ZW + spots, s, mask=inside)
+        tl.store(rate_ptr + (pair * parts + part) * ZW + zz, tl.exp(left), mask=zz < ZW)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -575,9 +630,14 @@ def _arithmetic(dtype: torch.dtype) -> tuple[Any, str]:
     return _ARITHMETIC[dtype]
 
 
+def _ceil(a: int, b: int) -> int:
+    """Division rounded up; `triton.cdiv` takes microseconds."""
+    return -(-a // b)
+
+
 def _wide(width: int) -> int:
     """Channels of a tile that holds `width`; at least 32: narrower ones read past their shared memory on Triton 3.6 (lab log)."""
-    return max(32, triton.next_power_of_2(width))
+    return max(32, 1 << (width - 1).bit_length())
 
 
 def _settings(name: str, dtype: torch.dtype, width: int) -> dict[str, int]:
@@ -585,7 +645,7 @@ def _settings(name: str, dtype: torch.dtype, width: int) -> dict[str, int]:
     made = LAUNCH[name]
     if dtype == torch.bfloat16 and 32 < width <= 128:
         return made
-    return made | {"tile": min(made["tile"], 32), "stages": 1, "warps": 8}
+    return made | {"tile": min(made["tile"], 32), "stages": 1, "warps": 8, "fill": 2}
 
 
 def _shared(x: Tensor, heads: int) -> tuple[int, int, int, int]:
@@ -593,22 +653,49 @@ def _shared(x: Tensor, heads: int) -> tuple[int, int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2), heads // x.shape[1]
 
 
-def _segments(name: str, programs: int, chunks: int, device: torch.device) -> tuple[int, int]:
-    """(segments, chunks per segment): enough segments to fill the device, none of them shorter than eight chunks."""
-    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = LAUNCH[name]["fill"] * units
-    segments = 1 if 4 * programs >= 3 * units else min(triton.cdiv(wanted, programs), max(1, chunks // 8))
-    per = triton.cdiv(chunks, segments)
-    return triton.cdiv(chunks, per), per
+@functools.cache
+def _units(device: torch.device) -> int:
+    """Multiprocessors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _starts(ends: Tensor, rates: Tensor, s: Tensor) -> Tensor:
-    """State that each segment starts from ``[pairs, segments, K, Z]``; rates ``[pairs, segments, 1 | K, 1 | Z]``."""
-    starts = []
-    for end, rate in zip(ends.unbind(1), rates.unbind(1), strict=True):
-        starts.append(s)
-        s = torch.addcmul(end, s, rate)
-    return torch.stack(starts, 1)
+def _segments(fill: int, programs: int, chunks: int, device: torch.device) -> tuple[int, int]:
+    """(segments, chunks per segment): as many as `fill` programs per multiprocessor allow, none shorter than eight chunks."""
+    segments = max(1, min(fill * _units(device) // programs, chunks // 8))
+    per = _ceil(chunks, segments)
+    return _ceil(chunks, per), per
+
+
+def _in_segments(
+    launch: Any, state: Tensor | None, like: Tensor, sizes: tuple[int, int, int, int], wide: tuple[int, int],
+    made: dict[str, int],
+) -> None:  # fmt: skip
+    """A pass over (pairs, chunks, K, Z) in segments: their states first, where there are several, and then every one from its
+    own.
+
+    ``launch(parts, per, grid, tile, start, end, rate, ends)``; wide: (K, Z) of the rates, 1 where all channels share one.
+    """
+    pairs, chunks, kw, zw = sizes
+    tile = min(_wide(zw), made["tile"])
+    tiles = _ceil(zw, tile)
+    segments, per = _segments(made["fill"], tiles * pairs, chunks, like.device)
+    if segments == 1:
+        launch(1, per, (tiles, pairs, 1), tile, state, None, None, False)
+        return
+    split = made.get("split", 1)
+    split = split if per % split == 0 else 1
+    parts = (segments - 1) * split  # nothing starts from the end of the last
+    fresh = {"device": like.device, "dtype": torch.float32}
+    ends, starts = torch.empty(pairs, parts, kw, zw, **fresh), torch.empty(pairs, segments, kw, zw, **fresh)
+    rates = torch.empty(pairs, parts, *wide, **fresh)
+    launch(parts, per // split, (tiles, pairs, parts), tile, None, ends, rates, True)
+    size = 1024
+    _settle[(_ceil(kw * zw, size), pairs)](
+        ends, rates, state if state is not None else ends, starts, kw, zw, parts, split, parts * wide[0] * wide[1],
+        wide[0] * wide[1], wide[1] if wide[0] > 1 else 0, 1 if wide[1] > 1 else 0,
+        START=state is not None, SIZE=size, num_warps=4,
+    )  # fmt: skip
+    launch(segments, per, (tiles, pairs, segments), tile, starts, None, None, False)
 
 
 def _run_scan(
@@ -617,70 +704,81 @@ def _run_scan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`_scan` over a sequence: out ``[B, H, N, Z]`` in `dtype` and the last state ``[B, H, K, Z]``.
 
-    With weigh, also its sums with out ``[tiles, B H, N]`` (else empty) and (back) the carries ``[tiles, B H, chunks]``.
+    With weigh, also its sums with out ``[tiles, B H, N]`` and (back) the carries ``[tiles, B H, chunks]``.
     """
     b, n, kw, zw = x.shape[0], x.shape[2], x.shape[3], z.shape[3]
-    width, made = _wide(kw), _settings("scan", x.dtype, kw)
-    tile = min(_wide(zw), made["tile"])
-    tiles, pairs, chunks = triton.cdiv(zw, tile), b * heads, triton.cdiv(n, CHUNK)
-    segments, per = _segments("scan", tiles * pairs, chunks, x.device)
+    name = "scan" if weigh is None else "weigh"
+    width, made = _wide(kw), _settings(name, x.dtype, kw)
+    tiles, pairs, chunks = _ceil(zw, min(_wide(zw), made["tile"])), b * heads, _ceil(n, CHUNK)
     fresh = {"device": x.device, "dtype": torch.float32}
     out, end = x.new_empty(b, heads, n, zw, dtype=dtype), torch.empty(b, heads, kw, zw, **fresh)
-    sums = torch.empty(tiles if weigh is not None else 0, pairs, n, **fresh)
-    carry = torch.empty(tiles if weigh is not None and back else 0, pairs, chunks, **fresh)
+    sums = end if weigh is None else torch.empty(tiles, pairs, n, **fresh)
+    carry = end if weigh is None or not back else torch.empty(tiles, pairs, chunks, **fresh)
     dot, precision = _arithmetic(x.dtype)
     gate, w = g if g is not None else x, weigh if weigh is not None else x
     fade = gate.stride()[:3] if g is not None else (0, 0, 0)
-    start = torch.zeros(pairs, kw, zw, **fresh) if state is None else state.reshape(pairs, kw, zw)
+    first = _shared(x, heads)
+    strides = *first, *_shared(y, heads), *_shared(z, heads), *fade, *(first if weigh is None else _shared(w, heads))
 
-    def launch(s: Tensor, target: Tensor, rate: Tensor, ends: bool) -> None:
-        _scan[(tiles, pairs, segments)](
-            x, y, z, gate, w, s, out, sums, held if held is not None and not ends else end, carry, target, rate,
-            scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, pairs, segments, per,
-            *_shared(x, heads), *_shared(y, heads), *_shared(z, heads), *fade, *_shared(w, heads),
-            s.stride(0), s.stride(1) if s.ndim == 4 else 0, s.stride(-2), s.stride(-1),
-            DECAY=g is not None, BACK=back, WEIGH=weigh is not None and not ends, ENDS=ends,
+    def launch(
+        parts: int,
+        per: int,
+        grid: Any,
+        tile: int,
+        s: Tensor | None,
+        target: Tensor | None,
+        rate: Tensor | None,
+        ends: bool,
+    ) -> None:
+        _scan[grid](
+            x, y, z, gate, w, s if s is not None else end, out, sums, held if held is not None and not ends else end, carry,
+            target if target is not None else end, rate if rate is not None else end,
+            scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, pairs, parts, per, *strides,
+            DECAY=g is not None, BACK=back, WEIGH=weigh is not None and not ends, ENDS=ends, START=s is not None,
             DT=dot, PRECISION=precision, C=CHUNK, K=width, Z=tile, num_warps=made["warps"], num_stages=made["stages"],
         )  # fmt: skip
 
-    if segments > 1:
-        ends, rates = torch.empty(pairs, segments, kw, zw, **fresh), torch.empty(pairs, segments, 1, 1, **fresh)
-        launch(start, ends, rates, True)
-        start = _starts(ends, rates, start)
-    launch(start, end, end, False)
+    _in_segments(launch, state, x, (pairs, chunks, kw, zw), (1, 1), made)
     return out, end, sums, carry
 
 
 def _run_sum(
-    x: Tensor, y: Tensor, z: Tensor, total: Tensor, chunk_map: Tensor, state: Tensor | None, *, heads: int, scale: float,
-    back: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    last: Tensor,
+    chunk_map: Tensor,
+    state: Tensor | None,
+    *,
+    back: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """`_scan_sum` over a sequence: out ``[B, H, N, Z]`` in `dtype` and the last state ``[B, H, K, Z]``."""
-    b, n, kw, zw = x.shape[0], x.shape[2], x.shape[3], z.shape[3]
-    width, made = _wide(kw), _settings("sum", x.dtype, kw)
-    tile = min(_wide(zw), made["tile"])
-    tiles, pairs, chunks = triton.cdiv(zw, tile), b * heads, triton.cdiv(n, CHUNK)
-    segments, per = _segments("sum", tiles * pairs, chunks, x.device)
-    fresh = {"device": x.device, "dtype": torch.float32}
-    out, end = x.new_empty(b, heads, n, zw, dtype=dtype), torch.empty(b, heads, kw, zw, **fresh)
-    dot, precision = _arithmetic(x.dtype)
-    start = torch.zeros(pairs, kw, zw, **fresh) if state is None else state.reshape(pairs, kw, zw)
+    b, heads, chunks, kw = last.shape
+    n, zw, pairs = z.shape[2], z.shape[3], b * heads
+    width, made = _wide(kw), _settings("sum", z.dtype, kw)
+    fresh = {"device": z.device, "dtype": torch.float32}
+    out, end = z.new_empty(b, heads, n, zw, dtype=dtype), torch.empty(b, heads, kw, zw, **fresh)
+    dot, precision = _arithmetic(z.dtype)
 
-    def launch(s: Tensor, target: Tensor, rate: Tensor, ends: bool) -> None:
-        _scan_sum[(tiles, pairs, segments)](
-            x, y, z, total, chunk_map, s, out, target, rate,
-            scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, chunks * CHUNK, segments, per,
-            *_shared(x, heads), *_shared(y, heads), *_shared(z, heads),
-            s.stride(0), s.stride(1) if s.ndim == 4 else 0, s.stride(-2), s.stride(-1),
-            BACK=back, ENDS=ends,
+    def launch(
+        parts: int,
+        per: int,
+        grid: Any,
+        tile: int,
+        s: Tensor | None,
+        target: Tensor | None,
+        rate: Tensor | None,
+        ends: bool,
+    ) -> None:
+        _scan_sum[grid](
+            x, y, z, last, chunk_map, s if s is not None else end, out, target if target is not None else end,
+            rate if rate is not None else end, heads, n, kw, zw, parts, per, *_shared(z, heads),
+            BACK=back, ENDS=ends, START=s is not None,
             DT=dot, PRECISION=precision, C=CHUNK, K=width, Z=tile, num_warps=made["warps"], num_stages=made["stages"],
         )  # fmt: skip
 
-    if segments > 1:
-        ends, rates = torch.empty(pairs, segments, kw, zw, **fresh), torch.empty(pairs, segments, kw, 1, **fresh)
-        launch(start, ends, rates, True)
-        start = _starts(ends, rates, start)
-    launch(start, end, end, False)
+    _in_segments(launch, state, z, (pairs, chunks, kw, zw), (kw, 1), made)
     return out, end
 
 
@@ -691,56 +789,58 @@ def _run_each(
     """`_scan_each` over a sequence: dq or (back) dk ``[B, H, N, Z]`` in `dtype`; `slope`, `held`, then `carry` are written."""
     b, n, kw, zw = x.shape[0], x.shape[2], x.shape[3], z.shape[3]
     width, made = _wide(kw), _settings("each", x.dtype, kw)
-    tile = min(_wide(zw), made["tile"])
-    tiles, pairs, chunks = triton.cdiv(zw, tile), b * heads, triton.cdiv(n, CHUNK)
-    segments, per = _segments("each", tiles * pairs, chunks, x.device)
-    fresh = {"device": x.device, "dtype": torch.float32}
+    pairs, chunks = b * heads, _ceil(n, CHUNK)
     out = x.new_empty(b, heads, n, zw, dtype=dtype)
     dot, precision = _arithmetic(x.dtype)
-    start = torch.zeros(pairs, kw, zw, **fresh) if state is None else state.reshape(pairs, kw, zw)
 
-    def launch(s: Tensor, target: Tensor, rate: Tensor, ends: bool) -> None:
-        _scan_each[(tiles, pairs, segments)](
-            x, y, z, weigh, total, owed, own, slope, s, out, held, carry, target, rate,
-            scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, chunks * CHUNK, segments, per,
+    def launch(
+        parts: int,
+        per: int,
+        grid: Any,
+        tile: int,
+        s: Tensor | None,
+        target: Tensor | None,
+        rate: Tensor | None,
+        ends: bool,
+    ) -> None:
+        _scan_each[grid](
+            x, y, z, weigh, total, owed, own, slope, s if s is not None else total, out, held, carry,
+            target if target is not None else total, rate if rate is not None else total,
+            scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, parts, per,
             *_shared(x, heads), *_shared(y, heads), *_shared(z, heads), *_shared(weigh, heads),
-            s.stride(0), s.stride(1) if s.ndim == 4 else 0, s.stride(-2), s.stride(-1),
-            BACK=back, ENDS=ends,
+            BACK=back, ENDS=ends, START=s is not None,
             DT=dot, PRECISION=precision, C=CHUNK, K=width, Z=tile, num_warps=made["warps"], num_stages=made["stages"],
         )  # fmt: skip
 
-    if segments > 1:
-        ends, rates = torch.empty(pairs, segments, kw, zw, **fresh), torch.empty(pairs, segments, 1, zw, **fresh)
-        launch(start, ends, rates, True)
-        start = _starts(ends, rates, start)
-    launch(start, total, total, False)
+    _in_segments(launch, state, x, (pairs, chunks, kw, zw), (1, zw), made)
     return out
 
 
-def _run_prefix(decay: Tensor) -> Tensor:
-    """G, float32 ``[B, H, chunks C, D]``."""
-    b, h, n, d = decay.shape
-    chunks, tile = triton.cdiv(n, CHUNK), min(_wide(d), LAUNCH["prefix"]["tile"])
-    total = torch.empty(b, h, chunks * CHUNK, d, dtype=torch.float32, device=decay.device)
-    _prefix[(chunks, b * h, triton.cdiv(d, tile))](
-        decay, total, h, n, d, chunks * CHUNK, *decay.stride()[:3], C=CHUNK, Z=tile, num_warps=LAUNCH["prefix"]["warps"]
-    )
-    return total
+def _run_fold(
+    q: Tensor, k: Tensor, decay: Tensor, scale: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `_fold` and `_map` make: late, early, G ``[B, H, chunks C, D]``, G_last ``[B, H, chunks, D]``, maps ``[.., C, C]``.
 
-
-def _run_map(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
-    """The map of each chunk ``[B, H, chunks C, C]``, in the type that dot products take."""
+    G (unless `keep`) and the maps are those of strong chunks alone; late, early and maps have the type that dot products take.
+    """
     b, h, n, d = q.shape
-    chunks, made = triton.cdiv(n, CHUNK), _settings("map", q.dtype, d)
+    chunks, made, width = _ceil(n, CHUNK), _settings("map", q.dtype, d), _wide(d)
     dot, precision = _arithmetic(q.dtype)
-    out = q.new_empty(b, h, chunks * CHUNK, CHUNK, dtype=q.dtype if dot == tl.bfloat16 else torch.float32)
-    tile = min(_wide(d), made["tile"])
+    kind = q.dtype if dot == tl.bfloat16 else torch.float32
+    late, early = (torch.empty(b, h, chunks * CHUNK, d, dtype=kind, device=q.device) for _ in range(2))
+    total = torch.empty(b, h, chunks * CHUNK, d, dtype=torch.float32, device=q.device)
+    last = torch.empty(b, h, chunks, d, dtype=torch.float32, device=q.device)
+    chunk_map = torch.empty(b, h, chunks * CHUNK, CHUNK, dtype=kind, device=q.device)
+    _fold[(chunks, b * h)](
+        q, k, decay, late, early, total, last, scale, h, n, d, *q.stride()[:3], *_shared(k, h), *decay.stride()[:3],
+        KEEP=keep, C=CHUNK, R=LAUNCH["fold"]["rows"], Z=width, num_warps=LAUNCH["fold"]["warps"],
+    )  # fmt: skip
     _map[(chunks, b * h)](
-        q, k, total, out, h, n, d, chunks * CHUNK, *q.stride()[:3], *_shared(k, h),
-        LEVELS=CHUNK.bit_length() - 1, DT=dot, PRECISION=precision, C=CHUNK, Z=tile, DP=_wide(d),
+        q, k, total, last, chunk_map, scale, h, n, d, *q.stride()[:3], *_shared(k, h),
+        LEVELS=CHUNK.bit_length() - 1, DT=dot, PRECISION=precision, C=CHUNK, Z=min(width, made["tile"]), DP=width,
         num_warps=made["warps"], num_stages=made["stages"],
     )  # fmt: skip
-    return out
+    return late, early, total, last, chunk_map
 
 
 def _states(q: Tensor, chunks: int, k: int, z: int) -> Tensor:
@@ -765,8 +865,7 @@ _BACKWARD = (
 )
 
 
-@torch.library.custom_op("qkv::decayed", mutates_args=(), schema=_FORWARD)
-def _forward(
+def _forward_run(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_rows(x) for x in (q, k, v))
@@ -774,14 +873,17 @@ def _forward(
     h = q.shape[1]
     if decay is None or decay.shape[3] == 1:
         return _run_scan(q, k, v, decay, state, heads=h, scale=scale, back=False, dtype=q.dtype)[:2]
-    total = _run_prefix(_rows(decay))
-    return _run_sum(q, k, v, total, _run_map(q, k, total), state, heads=h, scale=scale, back=False, dtype=q.dtype)
+    late, early, _, last, chunk_map = _run_fold(q, k, _rows(decay), scale, False)
+    return _run_sum(late, early, v, last, chunk_map, state, back=False, dtype=q.dtype)
 
 
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Any, scale: float) -> tuple[Tensor, Tensor]:
     b, h, n, d = q.shape
     return q.new_empty(b, h, n, v.shape[3]), q.new_empty(b, h, d, v.shape[3], dtype=torch.float32)
+
+
+_forward = torch.library.custom_op("qkv::decayed", _forward_run, mutates_args=(), schema=_FORWARD)
+_forward.register_fake(_forward_fake)
 
 
 @torch.library.custom_op("qkv::decayed_backward", mutates_args=(), schema=_BACKWARD)
@@ -801,8 +903,9 @@ def _backward(
         dq, dk, dg = _shared_decay(grad, grad_end, q, k, v, decay, state, scale, wide[k.shape[1]], gated)
         dv, ds, _, _ = _run_scan(k, q, grad, decay, grad_end, **how, back=True, dtype=wide[v.shape[1]])
     else:
-        total = _run_prefix(_rows(decay))
-        dv, ds = _run_sum(k, q, grad, total, _run_map(q, k, total), grad_end, **how, back=True, dtype=wide[v.shape[1]])
+        late, early, total, last, chunk_map = _run_fold(q, k, _rows(decay), scale, True)
+        dv, ds = _run_sum(early, late, grad, last, chunk_map, grad_end, back=True, dtype=wide[v.shape[1]])
+        del late, early, chunk_map
         dq, dk, dg = _channels(grad, grad_end, q, k, v, total, state, scale, wide[k.shape[1]], decay.dtype)
     return dq, _summed(dk, k), _summed(dv, v), dg, ds if state is not None else q.new_empty(0)
 
@@ -813,7 +916,7 @@ def _shared_decay(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk (one per query head) and dg (empty unless gated) where the channels of a token share one decay, or have none."""
     b, h, n, d = q.shape
-    chunks = triton.cdiv(n, CHUNK)
+    chunks = _ceil(n, CHUNK)
     how: dict[str, Any] = {"heads": h, "scale": scale}
     back, start, end = {"back": True, "dtype": dtype}, _transposed(state), _transposed(grad_end)
     if decay is None or not gated:
@@ -832,7 +935,7 @@ def _channels(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk (one per query head) and dg where every channel has its own decay."""
     b, h, n, d = q.shape
-    chunks = triton.cdiv(n, CHUNK)
+    chunks = _ceil(n, CHUNK)
     owed_q, owed_k, slope, own = _owing(grad, q, k, v, total, scale)
     held = _states(q, chunks, v.shape[3], d)
     carry = torch.empty(b, h, chunks, d, dtype=torch.float32, device=q.device)
@@ -848,12 +951,12 @@ def _owing(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_owed` over a sequence: the shares in dq and dk and their slope ``[B, H, N, D]``, and own ``[B, H, N]``, float32."""
     b, h, n, d = q.shape
-    chunks, made = triton.cdiv(n, CHUNK), _settings("owed", q.dtype, d)
+    chunks, made = _ceil(n, CHUNK), _settings("owed", q.dtype, d)
     dot, precision = _arithmetic(q.dtype)
     owed_q, owed_k, slope = (torch.empty(b, h, n, d, dtype=torch.float32, device=q.device) for _ in range(3))
     own, width = torch.empty(b, h, n, dtype=torch.float32, device=q.device), _wide(v.shape[3])
     tile = min(_wide(d), made["tile"])
-    _owed[(chunks, b * h, triton.cdiv(d, tile))](
+    _owed[(chunks, b * h, _ceil(d, tile))](
         q, k, v, grad, total, owed_q, owed_k, own, slope, scale, h, n, d, v.shape[3], chunks * CHUNK,
         *q.stride()[:3], *_shared(k, h), *_shared(v, h), *grad.stride()[:3],
         LEVELS=CHUNK.bit_length() - 1, DT=dot, PRECISION=precision, C=CHUNK, Z=tile, K=min(64, width), KP=width,
@@ -866,16 +969,16 @@ def _run_suffix_one(rise: Tensor, fall: Tensor, carry: Tensor, dtype: torch.dtyp
     """`_suffix_one` over a sequence: dg ``[B H, N]`` from the sums of both passes ``[tiles, B H, N]``."""
     tiles, pairs, n = rise.shape
     dg = torch.empty(pairs, n, dtype=dtype, device=rise.device)
-    _suffix_one[(triton.cdiv(n, CHUNK), pairs)](rise, fall, carry, dg, n, pairs, tiles, C=CHUNK, num_warps=1)
+    _suffix_one[(_ceil(n, CHUNK), pairs)](rise, fall, carry, dg, n, pairs, tiles, C=CHUNK, num_warps=1)
     return dg
 
 
 def _run_suffix(slope: Tensor, carry: Tensor, dtype: torch.dtype) -> Tensor:
     """`_suffix` over a sequence: dg ``[B, H, N, D]``."""
     b, h, n, d = slope.shape
-    dg, tile = torch.empty(b, h, n, d, dtype=dtype, device=slope.device), min(_wide(d), LAUNCH["prefix"]["tile"])
-    _suffix[(triton.cdiv(n, CHUNK), b * h, triton.cdiv(d, tile))](
-        slope, carry, dg, n, d, C=CHUNK, Z=tile, num_warps=LAUNCH["prefix"]["warps"]
+    dg, tile = torch.empty(b, h, n, d, dtype=dtype, device=slope.device), min(_wide(d), LAUNCH["suffix"]["tile"])
+    _suffix[(_ceil(n, CHUNK), b * h, _ceil(d, tile))](
+        slope, carry, dg, n, d, C=CHUNK, Z=tile, num_warps=LAUNCH["suffix"]["warps"]
     )
     return dg
 
@@ -911,12 +1014,20 @@ def _gradients(ctx: Any, grad: Tensor, grad_end: Tensor) -> tuple[Tensor | None,
 
 _forward.register_autograd(_gradients, setup_context=_keep)
 
+# Without gradients the way through the dispatcher is a third as long for ops that have no autograd kernel.
+_PLAIN = torch.library.Library("qkv", "FRAGMENT")
 
-@torch.library.custom_op(
-    "qkv::decayed_token",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor state, float scale) -> (Tensor, Tensor)",
-)
+
+def _plain(name: str, schema: str, run: Any, fake: Any) -> None:
+    """An op ``qkv::name`` that makes no gradient."""
+    _PLAIN.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _PLAIN.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qkv::{name}", fake, lib=_PLAIN)
+
+
+_plain("decayed_plain", _FORWARD, _forward_run, _forward_fake)
+
+
 def _one(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = (_rows(x) for x in (q, k, v))
     decay = None if decay is None else _rows(decay)
@@ -924,7 +1035,7 @@ def _one(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, s
     e = v.shape[3]
     out, new = q.new_empty(b, h, 1, e), torch.empty(b, h, d, e, dtype=torch.float32, device=q.device)
     tile = min(_wide(e), 32)
-    _token[(triton.cdiv(e, tile), b * h)](
+    _token[(_ceil(e, tile), b * h)](
         q, k, v, decay if decay is not None else q, state, out, new, scale, h, d, e,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), h // k.shape[1], v.stride(0), v.stride(1), h // v.shape[1],
         decay.stride(0) if decay is not None else 0, decay.stride(1) if decay is not None else 0, *state.stride(),
@@ -933,10 +1044,12 @@ def _one(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, s
     return out, new
 
 
-@_one.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, decay: Any, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    b, h, _, d = q.shape
-    return q.new_empty(b, h, 1, v.shape[3]), q.new_empty(b, h, d, v.shape[3], dtype=torch.float32)
+_plain(
+    "decayed_token",
+    "(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor state, float scale) -> (Tensor, Tensor)",
+    _one,
+    _forward_fake,
+)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None) -> None:
@@ -969,7 +1082,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor 
 def decayed(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, *, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Causal linear attention with decay, differentiable once: the op ``qkv::decayed``.
+    """Causal linear attention with decay, differentiable once: the op ``qkv::decayed`` (without gradients ``decayed_plain``).
 
     q: ``[B, H, N, D]``; k: ``[B, G, N, D]``; v: ``[B, G, N, E]``, all bfloat16, float16 or float32, D and E at most 256.
     decay: natural logs <= 0, ``[B, H, N, 1]`` or ``[B, H, N, D]``, or None. state: ``[B, H, D, E]`` or None. Returns out
@@ -979,7 +1092,9 @@ def decayed(
     _check(q, k, v, decay, state)
     state = None if state is None else state.float()
     given = [x for x in (q, k, v, decay, state) if x is not None]
-    if q.shape[2] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return torch.ops.qkv.decayed(q, k, v, decay, state, scale)
+    if q.shape[2] == 1:
         start = state if state is not None else q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=torch.float32)
         return torch.ops.qkv.decayed_token(q, k, v, decay, start, scale)
-    return torch.ops.qkv.decayed(q, k, v, decay, state, scale)
+    return torch.ops.qkv.decayed_plain(q, k, v, decay, state, scale)
