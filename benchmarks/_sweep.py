@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qkv.bench.environment import environment, write_json
+from qkv.bench.environment import environment, read_json, write_json
 from qkv.core.errors import QKVError
 
 Run = Callable[[], dict[str, Any]]
 Summary = Callable[[list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]
+FREE = ("seeds", "tasks", "operators", "data", "list", "budget_seconds", "earlier")
+"""Settings that say which runs there are, and nothing of how one is made."""
 
 
 def sweep(
@@ -23,23 +26,30 @@ def sweep(
     summary: Summary,
     out: Path,
     budget: float,
+    earlier: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Run the jobs (what it is, which others take as long, how to run it) in their order.
 
-    A job that would not end within `budget` seconds is left out, one that is refused or fails is named with its error. An error
-    of the device itself spoils whatever would follow in this process: then the others are left out too.
+    Runs of `earlier` files of the same comparison count as made; where nothing is left to run, so does their machine. A job
+    that would not end within `budget` seconds is left out, one that is refused or fails is named with its error. An error of the
+    device itself spoils whatever would follow in this process: then the others are left out too.
     """
     begun, broken = time.monotonic(), False
     took: dict[Hashable, float] = {}
-    runs: list[dict[str, Any]] = []
+    parts = [_part(path, settings) for path in earlier]
+    runs: list[dict[str, Any]] = [run for part in parts for run in part["runs"]]
+    made = {_name(run) for run in runs}
     left: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
-    about = {"settings": dict(settings), **environment(seed=0)}
+    about = {"settings": {k: v for k, v in settings.items() if k != "earlier"}, **environment(seed=0)}
+    todo = [(job, alike, run) for job, alike, run in jobs if _name(job) not in made]
+    if parts and not todo:
+        about |= {k: parts[0][k] for k in ("machine", "versions", "commit")}
 
     def found() -> dict[str, Any]:
         return about | {"summary": summary(runs), "runs": runs, "left out": left, "failed": failed}
 
-    for job, alike, run in jobs:
+    for job, alike, run in todo:
         since = time.monotonic()
         usual = statistics.fmean(took.values()) if took else 0.0
         if broken or since - begun + took.get(alike, usual) > budget:
@@ -60,3 +70,17 @@ def sweep(
     whole = found() | {"seconds": time.monotonic() - begun}
     write_json(out, whole)
     return whole
+
+
+def _name(job: Mapping[str, Any]) -> str:
+    """Which run it is."""
+    return json.dumps([job.get(k) for k in ("seed", "task", "data", "operator", "dial")], default=list)
+
+
+def _part(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """An earlier file; its settings must be these, on the same sort of machine as the other parts."""
+    part = read_json(path)
+    differ = {k for k in {*settings, *part["settings"]} - {*FREE} if part["settings"].get(k) != settings.get(k)}
+    if differ:
+        raise SystemExit(f"{path} was made with other settings: {', '.join(sorted(differ))}")
+    return part

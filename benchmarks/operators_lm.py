@@ -69,6 +69,7 @@ CHOICES: dict[str, Choice] = {
         dial=({"key_width": 16, "settings": ("based", "sliding-window:window=8,sinks=0")},),
     ),
     "gla + softmax": Choice(("gla", "full"), dial=({"key_width": 32},)),
+    "based + base-conv": Choice(("base-conv", "based"), dial=({"key_width": 16},)),
 }
 UNLISTED = ("full", "miras")  # they stand above under other names
 
@@ -199,7 +200,7 @@ def run_all(a: argparse.Namespace, named: Mapping[str, Choice]) -> dict[str, Any
     settings = {k: v for k, v in vars(a).items() if k not in ("out", "operators")}
     settings |= {"text parameters": TEXT_PARAMETERS, "recall parameters": RECALL_PARAMETERS, "pairs": PAIRS, "rows": ROWS,
                  "length": LENGTH, "layers": LAYERS, "operators": {n: list(c.settings) for n, c in named.items()}}  # fmt: skip
-    return sweep(jobs(), settings, summary, a.out, a.budget_seconds)
+    return sweep(jobs(), settings, summary, a.out, a.budget_seconds, a.earlier)
 
 
 def main() -> None:
@@ -212,6 +213,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400, help="of the byte model")
     parser.add_argument("--recall-steps", type=int, default=800)
+    parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="files of this comparison whose runs count")
     parser.add_argument("--budget-seconds", type=float, default=270.0)
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast instead of float32")
     parser.add_argument("--eager", action="store_true", help="capture nothing")

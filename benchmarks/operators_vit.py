@@ -113,7 +113,7 @@ def run_all(a: argparse.Namespace, named: Mapping[str, tuple[str, ...]]) -> dict
         for name in a.data
         for operator in named
     )
-    return sweep(jobs, settings, summary, a.out, a.budget_seconds)
+    return sweep(jobs, settings, summary, a.out, a.budget_seconds, a.earlier)
 
 
 def main() -> None:
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="files of this comparison whose runs count")
     parser.add_argument("--budget-seconds", type=float, default=190.0)
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast instead of float32")
     parser.add_argument("--eager", action="store_true", help="capture nothing")
