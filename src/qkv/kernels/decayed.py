@@ -65,7 +65,7 @@ LAUNCH: dict[str, dict[str, int]] = {
     "each": {"tile": 64, "warps": 8, "stages": 2, "fill": 1},
     "fold": {"rows": 8, "warps": 1},
     "map": {"tile": 32, "warps": 4, "stages": 1},
-    "owed": {"tile": 64, "warps": 4, "stages": 1},
+    "owed": {"tile": 64, "warps": 8, "stages": 1},
     "suffix": {"tile": 64, "warps": 4, "stages": 1},
 }
 
@@ -288,12 +288,6 @@ def _below(i, j, HALF: tl.constexpr):
     return (i // (2 * HALF) == j // (2 * HALF)) & (i % (2 * HALF) >= HALF) & (j % (2 * HALF) < HALF)
 
 
-@triton.jit
-def _reach(total, d, DW):
-    """How much the chunk decays in all, in the channel that decays most."""
-    return -tl.min(tl.min(tl.where((d < DW)[None, :], total, 0.0), 1), 0)
-
-
 @triton.jit(do_not_specialize=["H", "N", "k_r"])
 def _map(
     q_ptr, k_ptr, total_ptr, last_ptr, map_ptr, scale, H, N, DW, q_b, q_h, q_n, k_b, k_h, k_n, k_r,
@@ -422,13 +416,13 @@ def _shares(q, k, late, early, a, a_t, DT: tl.constexpr, PRECISION: tl.constexpr
 def _owed(
     q_ptr, k_ptr, v_ptr, grad_ptr, total_ptr, dq_ptr, dk_ptr, own_ptr, slope_ptr, scale, H, N, DW, EW, room,
     q_b, q_h, q_n, k_b, k_h, k_n, k_r, v_b, v_h, v_n, v_r, do_b, do_h, do_n,
-    LEVELS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    STRONG: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr, Z: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q and k that come from other tokens of the same chunk, decay per channel; grid (chunks, B H, tiles).
 
     own: what a token owes to itself, do . v, times k in dq and times q in dk. slope: q dq - k dk of the others, with q and k as
-    the products round them, so that it sums to 0 over the chunk.
+    the products round them, so that it sums to 0 over the chunk. STRONG: channels that decay by `REACH` or more, else the others.
     """
     c, pair, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (pair // H).to(tl.int64), pair % H
@@ -439,6 +433,9 @@ def _owed(
     grad_ptr += b * do_b + h.to(tl.int64) * do_h + low * do_n
     total_ptr += (pair.to(tl.int64) * room + low) * DW
     r, d = tl.arange(0, C), tile * Z + tl.arange(0, Z)
+    reach = -tl.min(tl.load(total_ptr + (C - 1) * DW + d, mask=d < DW, other=0.0), 0)
+    if (reach >= REACH) != STRONG:
+        return
     i, j = r[:, None], r[None, :]
     owed, owed_t = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)  # query i, key j; and key i, query j
     own = tl.zeros((C,), tl.float32)
@@ -455,7 +452,7 @@ def _owed(
     k = _tile(k_ptr, i, d[None, :], k_n, rows, DW).to(tl.float32)
     total = _tile(total_ptr, i, d[None, :], DW, C, DW)
     dq, dk, slope = tl.zeros((C, Z), tl.float32), tl.zeros((C, Z), tl.float32), tl.zeros((C, Z), tl.float32)
-    if _reach(total, d, DW) < REACH:
+    if not STRONG:
         late, early = tl.exp(total), tl.exp(-total)
         a, a_t = tl.where(i > j, owed, 0.0).to(DT), tl.where(j > i, owed_t, 0.0).to(DT)
         dq, dk, slope = _shares(q, k, late, early, a, a_t, DT, PRECISION)
@@ -956,12 +953,13 @@ def _owing(
     owed_q, owed_k, slope = (torch.empty(b, h, n, d, dtype=torch.float32, device=q.device) for _ in range(3))
     own, width = torch.empty(b, h, n, dtype=torch.float32, device=q.device), _wide(v.shape[3])
     tile = min(_wide(d), made["tile"])
-    _owed[(chunks, b * h, _ceil(d, tile))](
-        q, k, v, grad, total, owed_q, owed_k, own, slope, scale, h, n, d, v.shape[3], chunks * CHUNK,
-        *q.stride()[:3], *_shared(k, h), *_shared(v, h), *grad.stride()[:3],
-        LEVELS=CHUNK.bit_length() - 1, DT=dot, PRECISION=precision, C=CHUNK, Z=tile, K=min(64, width), KP=width,
-        num_warps=made["warps"], num_stages=made["stages"],
-    )  # fmt: skip
+    for strong in (False, True):
+        _owed[(chunks, b * h, _ceil(d, tile))](
+            q, k, v, grad, total, owed_q, owed_k, own, slope, scale, h, n, d, v.shape[3], chunks * CHUNK,
+            *q.stride()[:3], *_shared(k, h), *_shared(v, h), *grad.stride()[:3],
+            STRONG=strong, LEVELS=CHUNK.bit_length() - 1, DT=dot, PRECISION=precision,
+            C=CHUNK, Z=tile, K=min(64, width), KP=width, num_warps=made["warps"], num_stages=made["stages"],
+        )  # fmt: skip
     return owed_q, owed_k, slope, own
 
 
