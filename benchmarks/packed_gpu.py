@@ -25,10 +25,9 @@ from qkv.kernels.packed import packed_decode, packed_store
 DEVICE, GROUP, RESIDUAL, HEADS, KV_HEADS, WIDTH = "cuda", 32, 128, 32, 8, 128
 SHAPES = ((16, 32768), (1, 131072), (64, 8192))
 TRIALS = [
-    {"block": 64, "warps": 4, "stages": 3, "registers": 168}, {"block": 64, "warps": 4, "stages": 3, "registers": None},
-    {"block": 64, "warps": 4, "stages": 2, "registers": 168}, {"block": 64, "warps": 4, "stages": 3, "registers": 128},
-    {"block": 64, "warps": 4, "stages": 4, "registers": 168}, {"block": 128, "warps": 8, "stages": 3, "registers": 128},
-    {"block": 128, "warps": 8, "stages": 3, "registers": None}, {"block": 128, "warps": 4, "stages": 3, "registers": None},
+    {"planes": True, "stages": 2}, {"planes": True, "stages": 3}, {"planes": True, "stages": 1},
+    {"planes": True, "stages": 2, "registers": 208}, {"planes": True, "stages": 2, "registers": 168},
+    {"planes": False, "stages": 3}, {"planes": False, "stages": 3, "block": 128, "warps": 8, "registers": 128},
 ]  # fmt: skip
 
 
@@ -91,12 +90,15 @@ def one(b: int, m: int, bits: int, tune: bool) -> list[dict[str, Any]]:
     trials: list[dict[str, Any]] = [{}]
     if tune:
         pairs = b * KV_HEADS
-        waves = sorted({1 + max(1, per * units // pairs) for per in (2, 3, 4, 6, 9, 12)})
-        trials = [t | {"splits": s} for t in TRIALS for s in waves if s <= 128]
+        waves = sorted({max(1, per * units // pairs) for per in (3, 6, 8, 10, 12, 16, 24)})
+        trials = [t | {"splits": s} for t in TRIALS for s in waves if s <= 96]
     for trial in trials:
         out, _ = packed_decode(q, k, v, *held, scale=WIDTH**-0.5, **what, **trial)
         error = ((out[b - 1 :].double() - want).norm() / want.norm()).item()
-        assert error < 1e-2, (error, trial)
+        if not error < 1e-2:
+            print(f"wrong by {error:.3g}: {bits} bits, {trial or 'the defaults'}", flush=True)
+            assert tune
+            continue
         ms = bench(lambda t=trial: packed_decode(q, k, v, *held, scale=WIDTH**-0.5, **what, **t), 10 if tune else 30)
         rows.append({"batch": b, "tokens": n, "bits": bits, **trial, "relative_error": error, "ms": ms, "bytes": moved,
                      "TB/s": moved / ms / 1e9})  # fmt: skip

@@ -27,8 +27,8 @@ earlier half through its own first row, and so on by halves down to single token
 decay, and all work is still dot products. When there are too few heads to fill the device, the sequence is cut into segments:
 their states alone are summed first, in parts, `_settle` runs over those, and every segment starts from the right one.
 
-Precision: sums in float32. bfloat16 operands stay bfloat16; float16 operands (exact in tf32, whose range is that of float32)
-are multiplied as tf32, so that scores beyond 65504 do not overflow; float32 as three tf32 products (``tf32x3``), near float32.
+Precision: sums in float32. bfloat16 operands stay bfloat16; float32, and float16 as float32, so that scores beyond 65504 do not
+overflow, are multiplied as three tf32 products (``tf32x3``), near float32.
 A computed map is never transposed: its transpose is computed from the loaded operands, since Triton 3.4 to 3.7.0 multiplies
 the transpose of a product wrongly on Hopper. dq and dk round their maps alike, so that what a chunk owes itself cancels in dG.
 Errors relative to the norm in bfloat16: about 3e-3 of everything, the gradient of the decay included, whatever N; see
@@ -51,18 +51,20 @@ import triton.language as tl
 from torch import Tensor
 
 from qkv.core.errors import InvalidInput, Refused
+from qkv.kernels.decode import interpreted
 
 WIDEST = 256
 CHUNK = 64
 REACH = tl.constexpr(60.0)  # exp(60) times what it multiplies is far from overflow, exp(-60) from what float32 drops
 # Launch settings: `tile` channels of the output per program, `warps`, `stages` of load pipelining; `fill`: programs that a
 # multiprocessor takes at once (a sequence is cut into segments as long as there is room); `split`: parts in which the state of a
-# segment is summed beforehand; `rows` at a time. benchmarks/linear_gpu.py --tune tries others.
+# segment is summed beforehand; `rows` at a time; `whole`: see `_scanning`. benchmarks/linear_gpu.py --tune tries others.
 LAUNCH: dict[str, dict[str, int]] = {
     "scan": {"tile": 128, "warps": 8, "stages": 2, "fill": 1, "split": 2},
     "weigh": {"tile": 64, "warps": 8, "stages": 2, "fill": 1},
     "sum": {"tile": 128, "warps": 8, "stages": 2, "fill": 1, "split": 2},
     "each": {"tile": 64, "warps": 8, "stages": 2, "fill": 1},
+    "whole": {"tile": 32, "warps": 4, "stages": 2, "fill": 1},
     "fold": {"rows": 8, "warps": 1},
     "map": {"tile": 32, "warps": 4, "stages": 1},
     "owed": {"tile": 64, "warps": 8, "stages": 1},
@@ -611,18 +613,14 @@ def _token(
 
 _ARITHMETIC: dict[torch.dtype, tuple[Any, str]] = {
     torch.bfloat16: (tl.bfloat16, "tf32"),
-    torch.float16: (tl.float32, "tf32"),
+    torch.float16: (tl.float32, "tf32x3"),
     torch.float32: (tl.float32, "tf32x3"),
 }
 
 
-def _interpreted() -> bool:
-    return bool(getattr(triton.knobs.runtime, "interpret", False))
-
-
 def _arithmetic(dtype: torch.dtype) -> tuple[Any, str]:
     """Type and precision of dot products. Triton's interpreter multiplies the bits of bfloat16 as integers: it gets float32."""
-    if dtype == torch.bfloat16 and _interpreted():
+    if dtype == torch.bfloat16 and interpreted():
         return tl.float32, "ieee"
     return _ARITHMETIC[dtype]
 
@@ -643,6 +641,13 @@ def _settings(name: str, dtype: torch.dtype, width: int) -> dict[str, int]:
     if dtype == torch.bfloat16 and 32 < width <= 128:
         return made
     return made | {"tile": min(made["tile"], 32), "stages": 1, "warps": 8, "fill": 2}
+
+
+def _scanning(name: str, x: Tensor, kw: int, zw: int, pairs: int) -> dict[str, int]:
+    """Settings of a pass over `pairs` heads: narrow tiles where these fill the device with whole sequences, in one launch."""
+    made, whole, units = _settings(name, x.dtype, kw), LAUNCH["whole"], _units(x.device)
+    one = pairs * _ceil(zw, made["tile"]) < units <= pairs * _ceil(zw, whole["tile"])
+    return whole if one and made is LAUNCH[name] else made
 
 
 def _shared(x: Tensor, heads: int) -> tuple[int, int, int, int]:
@@ -705,8 +710,9 @@ def _run_scan(
     """
     b, n, kw, zw = x.shape[0], x.shape[2], x.shape[3], z.shape[3]
     name = "scan" if weigh is None else "weigh"
-    width, made = _wide(kw), _settings(name, x.dtype, kw)
-    tiles, pairs, chunks = _ceil(zw, min(_wide(zw), made["tile"])), b * heads, _ceil(n, CHUNK)
+    width, pairs, chunks = _wide(kw), b * heads, _ceil(n, CHUNK)
+    made = _scanning(name, x, kw, zw, pairs) if weigh is None else _settings(name, x.dtype, kw)
+    tiles = _ceil(zw, min(_wide(zw), made["tile"]))
     fresh = {"device": x.device, "dtype": torch.float32}
     out, end = x.new_empty(b, heads, n, zw, dtype=dtype), torch.empty(b, heads, kw, zw, **fresh)
     sums = end if weigh is None else torch.empty(tiles, pairs, n, **fresh)
@@ -753,7 +759,7 @@ def _run_sum(
     """`_scan_sum` over a sequence: out ``[B, H, N, Z]`` in `dtype` and the last state ``[B, H, K, Z]``."""
     b, heads, chunks, kw = last.shape
     n, zw, pairs = z.shape[2], z.shape[3], b * heads
-    width, made = _wide(kw), _settings("sum", z.dtype, kw)
+    width, made = _wide(kw), _scanning("sum", z, kw, zw, pairs)
     fresh = {"device": z.device, "dtype": torch.float32}
     out, end = z.new_empty(b, heads, n, zw, dtype=dtype), torch.empty(b, heads, kw, zw, **fresh)
     dot, precision = _arithmetic(z.dtype)
@@ -1052,7 +1058,7 @@ _plain(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None) -> None:
     (b, h, n, d), e, g = q.shape, v.shape[3], k.shape[1]
-    if not q.is_cuda and not _interpreted():
+    if not q.is_cuda and not interpreted():
         raise Refused(
             f"the decayed kernels run on CUDA devices; q lies on {q.device}: use the torch forms there "
             "(form='fast' of an operator, form='chunked' of the core)"

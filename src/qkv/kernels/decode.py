@@ -22,6 +22,11 @@ from qkv.core.errors import InvalidInput
 LOG2E = 1.4426950408889634
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels."""
+    return bool(getattr(triton.knobs.runtime, "interpret", False))
+
+
 @triton.jit
 def _fold(
     q, top, total, out, k_base, v_base, p_base, s_base, j, high, scale2, R, D, E, k_c, v_c, r, d, e,

@@ -25,8 +25,9 @@ from torch import Tensor
 from qkv.core.errors import InvalidInput
 from qkv.kernels.decode import LOG2E, _merge
 
-PART = 4096  # pages that one program chooses from at a glance; of longer rows it narrows the choice first
-WIDE = 16384  # what it narrows to, and reads at once, at most; else the row is counted in parts
+PART = 1024  # pages that one program chooses from at a glance; of longer rows it narrows the choice first
+WIDE = 16384  # what it narrows to at most; else the row is counted in parts
+READ = 8192  # pages that it reads at once meanwhile
 
 
 @triton.jit
@@ -785,14 +786,14 @@ def select(
         )
         return index
     if tile <= WIDE:
-        times = max(1, min(whole, WIDE) // tile)
+        times = max(1, min(whole, READ) // tile)
         scratch = torch.empty(b, a, row, dtype=torch.int32, device=worth.device)
         _select_long[(b * a,)](
             worth, position, rows, scratch, index, a, row, count, sinks, recent,
             ROWS=tile // 4, TIMES=times, num_warps=_warps(tile * times), **what,
         )  # fmt: skip
         return index
-    chunk = PART
+    chunk = 4096
     while triton.cdiv(p, chunk) > 32:
         chunk *= 2
     parts = triton.cdiv(p, chunk)

@@ -6,8 +6,12 @@ r"""Decode attention that reads quantised keys and values from their packed word
 One new token per row; its row stored L tokens before. Of these the first L - (L mod R) keys and the first max(0, L - R) values
 are codes, the others lie in rings of R slots (position p in slot p mod R) in full precision, as the new token is. Codes are
 taken out of their words in registers: no dequantised cache exists in memory. The run of whole blocks of codes is split over
-programs; one more program per row and KV head reads what is left, the rings and the new token. L comes from the device; shapes
-and launches never change, so that both calls can be captured in a CUDA graph. Bound: bytes of words, scales and zeros.
+programs; a few more per row and KV head read what is left, the rings and the new token. L comes from the device; shapes and
+launches never change, so that both calls can be captured in a CUDA graph. Bound: bytes of words, scales and zeros.
+
+Queries of 16 bits meet the codes as planes. A unit is half a word; lane i of all units is an operand of its own, so that a unit
+goes from memory into the registers of the tensor core's operand and its codes never change threads. Two units that are
+neighbours along the sum share a register; (code | 0x6400) is the float16 1024 + code. A program is one warp: none waits.
 
 Element j of a word sits at bits j * bits. Keys: words ``[B, G, C / group, D, group * bits / 32]`` along the tokens of a group,
 scales and zeros ``[B, G, C / group, D]``. Values: words ``[B, G, C, E * bits / 32]`` along channels, scales and zeros
@@ -24,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkv.core.errors import InvalidInput
-from qkv.kernels.decode import LOG2E, _merge
+from qkv.kernels.decode import LOG2E, _merge, interpreted
 
 
 @triton.jit
@@ -105,15 +109,131 @@ def _fold(q, k, v, live, top, total, out, scale2, CHECK: tl.constexpr):
     return new, total, out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
 
 
+@triton.constexpr_function
+def _take(bits, lane):
+    """PTX: code `lane` of the two units in $1 as the halves of a register, times the halves of $2, plus those of $3."""
+    shift, low = lane * bits // 8 * 8, lane * bits % 8
+    mask = (((1 << bits) - 1) << low) * 0x10001
+    size, back = ((15 - low) << 10) * 0x10001, ((1 << 15) | ((25 - low) << 10)) * 0x10001  # 2^-low and -2^(10 - low)
+    return (
+        f"{{ .reg .b32 x, y, z; shr.u32 x, $1, {shift}; lop3.b32 x, x, {mask}, 0x64006400, 0xea; mov.b32 y, {size}; "
+        f"mov.b32 z, {back}; fma.rn.f16x2 x, x, y, z; fma.rn.f16x2 $0, x, $2, $3; }}"
+    )
+
+
+@triton.jit
+def _plane(units, scale, zero, LANE: tl.constexpr, BITS: tl.constexpr, PLAIN: tl.constexpr):
+    """Lane LANE of each unit: code scale + zero as float16. PLAIN: without the assembler, which the interpreter lacks."""
+    if PLAIN:
+        code = (units.to(tl.int32) >> (LANE * BITS)) & (2**BITS - 1)
+        return (code.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32)).to(tl.float16)
+    else:
+        return tl.inline_asm_elementwise(_take(BITS, LANE), "=r,r,r,r", [units, scale, zero], tl.float16, True, 2)
+
+
+@triton.jit
+def _spread(x, TIMES: tl.constexpr):
+    """[M, N] to [M, N TIMES], every column TIMES times. A view: it keeps the way to the operand free of moves."""
+    return tl.reshape(tl.broadcast_to(x[:, :, None], (x.shape[0], x.shape[1], TIMES)), (x.shape[0], x.shape[1] * TIMES))
+
+
+@triton.jit
+def _value_ranges(
+    scale, t, LANE: tl.constexpr, E: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, EP: tl.constexpr
+):
+    """Scales (or zeros) [., EP / PER] of the channels in lane LANE of each unit, for the tokens t [., 1]."""
+    if GROUP >= PER:
+        n = tl.arange(0, EP // GROUP)[None, :]
+        return _spread(tl.load(scale + t * (E // GROUP) + n, mask=n < E // GROUP, other=0.0), GROUP // PER)
+    else:
+        e = tl.arange(0, EP // PER)[None, :] * PER + LANE
+        return tl.load(scale + t * (E // GROUP) + e // GROUP, mask=e < E, other=0.0)
+
+
+@triton.jit
+def _planes(
+    q, key_units, key_scale, key_zero, value_units, value_scale, value_zero, low, high, scale2,
+    D: tl.constexpr, E: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr,
+    DP: tl.constexpr, EP: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """(top [ROWS], total [ROWS, UNITS], one [ROWS, EP / PER] of the sum for every lane) of the tokens low to high, whole steps.
+
+    q: [ROWS, DP] in 16 bits. A step is as many tokens as UNITS units of keys hold; token LANES u + j is lane j of unit u.
+    """
+    STRIDE: tl.constexpr = (GROUP * K_BITS + 31) // 32 * 2
+    PARTS: tl.constexpr = (GROUP * K_BITS + 15) // 16  # units of a group
+    LANES: tl.constexpr = GROUP // PARTS
+    PER: tl.constexpr = 16 // V_BITS
+    V_STRIDE: tl.constexpr = (E * V_BITS + 31) // 32 * 2
+    d, n, x = tl.arange(0, DP)[:, None], tl.arange(0, UNITS // PARTS)[None, :], tl.arange(0, UNITS)
+    w = tl.arange(0, EP // PER)[None, :]
+    size = tl.max(tl.abs(q.to(tl.float32)), 1)
+    size = tl.maximum((size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), 2.0**-100)
+    q = (q.to(tl.float32) / size[:, None]).to(tl.float16)  # exact: divided by a power of two
+    size = size * scale2
+    top = tl.full((q.shape[0],), float("-inf"), tl.float32)
+    total = tl.zeros((q.shape[0], UNITS), tl.float32)
+    out = ()
+    for i in tl.static_range(PER):
+        out = out + (tl.zeros((q.shape[0], EP // PER), tl.float32),)
+    for at in tl.range(low, high, UNITS * LANES):
+        place = (at // GROUP + n) * D + d
+        s = _spread(tl.load(key_scale + place, mask=d < D, other=0.0), PARTS)
+        z = _spread(tl.load(key_zero + place, mask=d < D, other=0.0), PARTS)
+        place = ((at // GROUP + x[None, :] // PARTS) * D + d) * STRIDE + x[None, :] % PARTS
+        units = tl.load(key_units + place, mask=d < D, other=0)  # [DP, UNITS]
+        scores = ()
+        for j in tl.static_range(LANES):
+            scores = scores + (tl.dot(q, _plane(units, s, z, j, K_BITS, PLAIN)),)  # [ROWS, UNITS]
+        most = scores[0]
+        for j in tl.static_range(1, LANES):
+            most = tl.maximum(most, scores[j])
+        new = tl.maximum(top, tl.max(most, 1) * size)
+        fade = tl.exp2(top - new)
+        top, total = new, total * fade[:, None]
+        faded = ()
+        for i in tl.static_range(PER):
+            faded = faded + (out[i] * fade[:, None],)
+        out = faded
+        for j in tl.static_range(LANES):
+            p = tl.exp2(scores[j] * size[:, None] - top[:, None])
+            total += p
+            t = at + x[:, None] * LANES + j
+            units = tl.load(value_units + t * V_STRIDE + w, mask=w < V_STRIDE, other=0)  # [UNITS, EP / PER]
+            s = _value_ranges(value_scale, t, 0, E, PER, GROUP, EP)
+            z = _value_ranges(value_zero, t, 0, E, PER, GROUP, EP)
+            more = ()
+            for i in tl.static_range(PER):
+                if GROUP < PER:
+                    s = _value_ranges(value_scale, t, i, E, PER, GROUP, EP)
+                    z = _value_ranges(value_zero, t, i, E, PER, GROUP, EP)
+                more = more + (tl.dot(p.to(tl.float16), _plane(units, s, z, i, V_BITS, PLAIN), out[i]),)
+            out = more
+    return top, total, out
+
+
+@triton.jit
+def _finish(top, total, out, part_ptr, lse_ptr, row, live, e, E: tl.constexpr):
+    """Store the quotient at the channels e [EP] and the lse (base 2)."""
+    total = tl.sum(total, 1)
+    safe = tl.where(total > 0, total, 1.0)
+    tl.store(part_ptr + row[:, None] * E + e[None, :], out / safe[:, None], mask=live[:, None] & (e < E)[None, :])
+    tl.store(lse_ptr + row, tl.where(total > 0, top + tl.log2(safe), float("-inf")), mask=live)
+
+
 @triton.jit
 def _packed_split(
     q_ptr, k_ptr, v_ptr, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, key_tail, value_tail,
     length_ptr, start_ptr, part_ptr, lse_ptr,
-    scale2, G, HEADS, S, RESIDUAL, key_room, value_room, slots, q_b, q_h, k_b, k_g, v_b, v_g,
+    scale2, G, HEADS, S, RESTS, RESIDUAL, key_room, value_room, slots, q_b, q_h, k_b, k_g, v_b, v_g,
     D: tl.constexpr, E: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, GROUP: tl.constexpr,
-    HAS_START: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
+    HAS_START: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """One split of one (row, KV head): partial out [HEADS, E] and its lse (base 2). The last split reads what is not codes."""
+    """One split of one (row, KV head): partial out [HEADS, E] and its lse (base 2). The first RESTS read what is not codes.
+
+    UNITS: units of keys in a step by planes, or 0 for blocks of BLOCK tokens in the precision of q.
+    """
     pair, split = tl.program_id(0), tl.program_id(1)
     b, g = pair // G, pair % G
     stored = tl.load(length_ptr) - 1
@@ -122,10 +242,11 @@ def _packed_split(
     one = tl.where(stored >= 0, 0x3F800000, 0)  # always the former: see `_fractions`
     key_done = stored // RESIDUAL * RESIDUAL
     value_done = tl.maximum(stored - RESIDUAL, 0)
-    whole = value_done // BLOCK * BLOCK
-    wide = pair.to(tl.int64)
     WORDS: tl.constexpr = (GROUP * K_BITS + 31) // 32
     V_WORDS: tl.constexpr = (E * V_BITS + 31) // 32
+    STEP: tl.constexpr = UNITS * (GROUP // ((GROUP * K_BITS + 15) // 16)) if UNITS else BLOCK
+    whole = value_done // STEP * STEP
+    wide = pair.to(tl.int64)
     key_codes += wide * key_room * D * WORDS
     key_scale += wide * key_room * D
     key_zero += wide * key_room * D
@@ -135,25 +256,22 @@ def _packed_split(
     r, d, e, c = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, EP), tl.arange(0, BLOCK)
     q_at = q_ptr + b.to(tl.int64) * q_b + (g * HEADS + r)[:, None] * q_h + d[None, :]
     q = tl.load(q_at, mask=(r < HEADS)[:, None] & (d < D)[None, :], other=0.0)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    out = tl.zeros((ROWS, EP), tl.float32)
-    if split < S - 1:
-        per = tl.cdiv(tl.cdiv(whole, S - 1), BLOCK) * BLOCK
-        low = split * per
-        for at in tl.range(low, tl.minimum(low + per, whole), BLOCK):
-            k = _coded_keys(key_codes, key_scale, key_zero, one, at, 0, D, K_BITS, GROUP, BLOCK, DP, False).to(q.dtype)
-            v = _coded_values(value_codes, value_scale, value_zero, one, at, 0, E, V_BITS, GROUP, BLOCK, EP, False)
-            top, total, out = _fold(q, k, v.to(q.dtype), c, top, total, out, scale2, False)
-    else:
-        new_k = tl.load(k_ptr + b.to(tl.int64) * k_b + g * k_g + d, mask=d < D, other=0.0).to(tl.float32)
-        new_v = tl.load(v_ptr + b.to(tl.int64) * v_b + g * v_g + e, mask=e < E, other=0.0).to(tl.float32)
-        top = tl.sum(q.to(tl.float32) * new_k[None, :], 1) * scale2
-        total += tl.where(c == 0, 1.0, 0.0)[None, :]
-        out += new_v[None, :]
+    row = (wide * S + split) * HEADS + r
+    if split < RESTS:
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        out = tl.zeros((ROWS, EP), tl.float32)
+        if split == 0:
+            new_k = tl.load(k_ptr + b.to(tl.int64) * k_b + g * k_g + d, mask=d < D, other=0.0).to(tl.float32)
+            new_v = tl.load(v_ptr + b.to(tl.int64) * v_b + g * v_g + e, mask=e < E, other=0.0).to(tl.float32)
+            top = tl.sum(q.to(tl.float32) * new_k[None, :], 1) * scale2
+            total += tl.where(c == 0, 1.0, 0.0)[None, :]
+            out += new_v[None, :]
         key_tail += wide * slots * D
         value_tail += wide * slots * E
-        for at in tl.range(whole, stored, BLOCK, num_stages=1):
+        per = tl.cdiv(tl.cdiv(stored - whole, RESTS), BLOCK) * BLOCK
+        low = whole + split * per
+        for at in tl.range(low, tl.minimum(low + per, stored), BLOCK, num_stages=1):
             t = at + c
             slot = t % RESIDUAL
             live = (t < stored) & (t >= key_done)
@@ -169,13 +287,30 @@ def _packed_split(
                 value_codes, value_scale, value_zero, one, at, value_done, E, V_BITS, GROUP, BLOCK, EP, True
             )
             top, total, out = _fold(q, k.to(q.dtype), v.to(q.dtype), t < stored, top, total, out, scale2, True)
-    total = tl.sum(total, 1)
-    safe = tl.where(total > 0, total, 1.0)
-    out = out / safe[:, None]
-    lse = tl.where(total > 0, top + tl.log2(safe), float("-inf"))
-    row = (wide * S + split) * HEADS + r
-    tl.store(part_ptr + row[:, None] * E + e[None, :], out, mask=(r < HEADS)[:, None] & (e < E)[None, :])
-    tl.store(lse_ptr + row, lse, mask=r < HEADS)
+        _finish(top, total, out, part_ptr, lse_ptr, row, r < HEADS, e, E)
+    else:
+        per = tl.cdiv(tl.cdiv(whole, S - RESTS), STEP) * STEP
+        low = (split - RESTS) * per
+        high = tl.minimum(low + per, whole)
+        if UNITS:
+            PER: tl.constexpr = 16 // V_BITS
+            unit = tl.pointer_type(tl.int16)
+            most, sums, lanes = _planes(
+                q, key_codes.to(unit, bitcast=True), key_scale, key_zero, value_codes.to(unit, bitcast=True), value_scale,
+                value_zero, low, high, scale2, D, E, K_BITS, V_BITS, GROUP, UNITS, DP, EP, PLAIN,
+            )  # fmt: skip
+            for i in tl.static_range(PER):
+                channel = tl.arange(0, EP // PER) * PER + i
+                _finish(most, sums, lanes[i], part_ptr, lse_ptr, row, r < HEADS, channel, E)
+        else:
+            top = tl.full((ROWS,), float("-inf"), tl.float32)
+            total = tl.zeros((ROWS, BLOCK), tl.float32)
+            out = tl.zeros((ROWS, EP), tl.float32)
+            for at in tl.range(low, high, BLOCK):
+                k = _coded_keys(key_codes, key_scale, key_zero, one, at, 0, D, K_BITS, GROUP, BLOCK, DP, False)
+                v = _coded_values(value_codes, value_scale, value_zero, one, at, 0, E, V_BITS, GROUP, BLOCK, EP, False)
+                top, total, out = _fold(q, k.to(q.dtype), v.to(q.dtype), c, top, total, out, scale2, False)
+            _finish(top, total, out, part_ptr, lse_ptr, row, r < HEADS, e, E)
 
 
 @triton.jit
@@ -291,17 +426,20 @@ def packed_decode(
     group: int,
     residual: int,
     splits: int | None = None,
+    planes: bool | None = None,
     block: int | None = None,
     warps: int = 4,
-    stages: int = 3,
-    registers: int | None = 168,
+    stages: int = 2,
+    registers: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token per row over what is stored and the token itself.
 
     q: ``[B, H, 1, D]``; k ``[B, G, 1, D]`` and v ``[B, G, 1, E]``: the token itself, not stored yet. Buffers: see the module; the
     tails ``[B, G, slots, .]`` hold `residual` slots, or fewer that have not been filled yet. length: int32 ``[1]`` on the device,
-    columns including the new one; start: int32 ``[B]``, columns of padding in each row, or None. bits: 2, 4 or 8. Returns out
-    ``[B, H, 1, E]`` and lse ``[B, H, 1]`` float32. Neither the launch nor a bit of the result depends on the capacity.
+    columns including the new one; start: int32 ``[B]``, columns of padding in each row, or None. bits: 2, 4 or 8. planes: take
+    codes as planes (see the module; products in float16, sums in float32), else in the precision of q by tiles of `block` tokens;
+    None: planes where q has 16 bits and a group at most 32 tokens. Returns out ``[B, H, 1, E]`` and lse ``[B, H, 1]`` float32.
+    Neither the launch nor a bit of the result depends on the capacity.
     Raises `InvalidInput`.
     """
     shelves = (key_codes, key_scale, key_zero, value_codes, value_scale, value_zero)
@@ -311,21 +449,31 @@ def packed_decode(
     if n != 1 or h % g or (k.shape[0], k.shape[3]) != (b, d):
         raise InvalidInput(f"packed_decode: q {tuple(q.shape)} and k {tuple(k.shape)} do not fit one token per row")
     q, r = q.contiguous(), h // g
-    block = max(group, 64, 16) if block is None else block
+    planes = q.element_size() == 2 and group <= 32 if planes is None else planes
+    units = 0
+    if planes:
+        units = max(16, -(-group * k_bits // 16))
+        step = units * min(group, 16 // k_bits)
+        block, warps = max(group, 16), 1
+        rests, programs = min(32, -(-(residual + step) // block)), 8
+    else:
+        block, rests, programs = max(group, 64) if block is None else block, 1, 3
+        registers = registers or 168  # three programs a processor
     if splits is None:
-        units = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-        splits = 1 + max(1, min(127, 3 * units // (b * g)))  # one wave of three programs a processor, and the rings
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+        splits = max(1, min(128 - rests, programs * processors // (b * g)))  # one wave, beside what reads the rings
+    splits += rests
     part = torch.empty(b * g * splits * r * e, dtype=torch.float32, device=q.device)
     lse = torch.empty(b * g * splits * r, dtype=torch.float32, device=q.device)
     out, out_lse = q.new_empty(b, h, 1, e), torch.empty(b, h, 1, dtype=torch.float32, device=q.device)
     wide_d, wide_e = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e))
     _packed_split[(b * g, splits)](
         q, k, v, *shelves, key_tail, value_tail, length, start if start is not None else length, part, lse,
-        scale * LOG2E, g, r, splits, residual, key_codes.shape[2], value_codes.shape[2], key_tail.shape[2],
+        scale * LOG2E, g, r, splits, rests, residual, key_codes.shape[2], value_codes.shape[2], key_tail.shape[2],
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         D=d, E=e, K_BITS=k_bits, V_BITS=v_bits, GROUP=group, HAS_START=start is not None,
-        ROWS=max(16, triton.next_power_of_2(r)), BLOCK=block, DP=wide_d, EP=wide_e, num_warps=warps, num_stages=stages,
-        **({} if registers is None else {"maxnreg": registers}),
+        ROWS=max(16, triton.next_power_of_2(r)), BLOCK=block, UNITS=units, DP=wide_d, EP=wide_e, PLAIN=interpreted(),
+        num_warps=warps, num_stages=stages, **({} if registers is None else {"maxnreg": registers}),
     )  # fmt: skip
     _merge[(b * h,)](part, lse, out, out_lse, r, splits, e, SP=triton.next_power_of_2(splits), EP=wide_e, num_warps=4)
     return out, out_lse
