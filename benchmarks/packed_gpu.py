@@ -25,9 +25,9 @@ from qkv.kernels.packed import packed_decode, packed_store
 DEVICE, GROUP, RESIDUAL, HEADS, KV_HEADS, WIDTH = "cuda", 32, 128, 32, 8, 128
 SHAPES = ((16, 32768), (1, 131072), (64, 8192))
 TRIALS = [
-    {"planes": True, "stages": 2}, {"planes": True, "stages": 3}, {"planes": True, "stages": 1},
-    {"planes": True, "stages": 2, "registers": 208}, {"planes": True, "stages": 2, "registers": 168},
-    {"planes": False, "stages": 3}, {"planes": False, "stages": 3, "block": 128, "warps": 8, "registers": 128},
+    {"planes": True, "stages": 2}, {"planes": True, "stages": 3}, {"planes": True, "stages": 4},
+    {"planes": True, "stages": 3, "registers": 208}, {"planes": True, "stages": 2, "registers": 168},
+    {"planes": False, "stages": 3},
 ]  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def one(b: int, m: int, bits: int, tune: bool) -> list[dict[str, Any]]:
     trials: list[dict[str, Any]] = [{}]
     if tune:
         pairs = b * KV_HEADS
-        waves = sorted({max(1, per * units // pairs) for per in (3, 6, 8, 10, 12, 16, 24)})
+        waves = sorted({max(1, per * units // pairs) for per in (3, 6, 8, 10, 12, 16)})
         trials = [t | {"splits": s} for t in TRIALS for s in waves if s <= 96]
     for trial in trials:
         out, _ = packed_decode(q, k, v, *held, scale=WIDTH**-0.5, **what, **trial)
