@@ -26,7 +26,8 @@ DEVICE, GROUP, RESIDUAL, HEADS, KV_HEADS, WIDTH = "cuda", 32, 128, 32, 8, 128
 SHAPES = ((16, 32768), (1, 131072), (64, 8192))
 TRIALS = [
     {"planes": True, "stages": 2}, {"planes": True, "stages": 3}, {"planes": True, "stages": 4},
-    {"planes": True, "stages": 3, "registers": 208}, {"planes": True, "stages": 2, "registers": 168},
+    {"planes": True, "stages": 2, "units": 8}, {"planes": True, "stages": 3, "units": 8},
+    {"planes": True, "stages": 2, "units": 8, "registers": 168}, {"planes": True, "stages": 3, "registers": 208},
     {"planes": False, "stages": 3},
 ]  # fmt: skip
 

@@ -180,8 +180,9 @@ PACKED = [  # heads, kv heads, key width, value width, bits, group, residual, le
 
 
 @direct
+@pytest.mark.parametrize("units", [8, 16])
 @pytest.mark.parametrize("case", PACKED[::2], ids=str)
-def test_planes_of_codes_are_the_packed_words(case: tuple) -> None:
+def test_planes_of_codes_are_the_packed_words(case: tuple, units: int) -> None:
     """Whole steps by planes, the rest by tiles; a mistaken lane, group or token is far beyond float16's rounding."""
     from qkv.core.attend import attend
     from qkv.kernels.packed import packed_decode
@@ -197,9 +198,9 @@ def test_planes_of_codes_are_the_packed_words(case: tuple) -> None:
     q, k, v = _draw(gen, (len(rows), h, 1, d), (len(rows), g, 1, d), (len(rows), g, 1, e))
     q, scale = q * 3e5, d**-0.5 / 3e5  # beyond float16
     out, lse = packed_decode(
-        *(x.to(DEVICE) for x in (q, k, v)), *buffers, planes=True, scale=scale, splits=3, k_bits=bits[0], v_bits=bits[1],
-        length=torch.tensor([full + 1], dtype=torch.int32, device=DEVICE), group=group, residual=residual,
-        start=torch.tensor([full - n for n in lengths], dtype=torch.int32, device=DEVICE),
+        *(x.to(DEVICE) for x in (q, k, v)), *buffers, planes=True, units=units, scale=scale, splits=3,
+        k_bits=bits[0], v_bits=bits[1], length=torch.tensor([full + 1], dtype=torch.int32, device=DEVICE),
+        group=group, residual=residual, start=torch.tensor([full - n for n in lengths], dtype=torch.int32, device=DEVICE),
     )  # fmt: skip
     for b, row in enumerate(rows):
         keys, values, _ = row.read()
@@ -349,9 +350,10 @@ def test_packed_buffers_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("units", [8, 16])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_packed_decode_at_real_widths(bits: int, dtype: torch.dtype) -> None:
+def test_packed_decode_at_real_widths(bits: int, dtype: torch.dtype, units: int) -> None:
     """Low precision: the error against float64 is at most twice that of plain attention over the dequantised cache."""
     from qkv.core.attend import attend
     from qkv.kernels.packed import packed_decode
@@ -370,6 +372,7 @@ def test_packed_decode_at_real_widths(bits: int, dtype: torch.dtype) -> None:
     out, _ = packed_decode(
         *(x.to(dtype) for x in (q, new_k, new_v)), *_poisoned([row], n + 300, dtype), scale=d**-0.5,
         length=torch.tensor([n + 1], dtype=torch.int32, device=DEVICE), k_bits=bits, v_bits=bits, group=32, residual=128,
+        units=units,
     )  # fmt: skip
     assert (out.double() - want).norm() <= 2 * (rough.double() - want).norm()
 

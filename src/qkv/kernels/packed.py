@@ -22,6 +22,8 @@ Axes: B batch, H query heads, G key/value heads, C capacity, D head width, E val
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
@@ -163,6 +165,9 @@ def _planes(
     STRIDE: tl.constexpr = (GROUP * K_BITS + 31) // 32 * 2
     PARTS: tl.constexpr = (GROUP * K_BITS + 15) // 16  # units of a group
     LANES: tl.constexpr = GROUP // PARTS
+    PAIR: tl.constexpr = (
+        16 // UNITS if UNITS < 16 else 1
+    )  # planes that sum over values together: their tensor cores want 16
     PER: tl.constexpr = 16 // V_BITS
     V_STRIDE: tl.constexpr = (E * V_BITS + 31) // 32 * 2
     d, n, x = tl.arange(0, DP)[:, None], tl.arange(0, UNITS // PARTS)[None, :], tl.arange(0, UNITS)
@@ -195,20 +200,26 @@ def _planes(
         for i in tl.static_range(PER):
             faded = faded + (out[i] * fade[:, None],)
         out = faded
-        for j in tl.static_range(LANES):
+        for j in tl.static_range(0, LANES, PAIR):
             p = tl.exp2(scores[j] * size[:, None] - top[:, None])
             total += p
             t = at + x[:, None] * LANES + j
+            if PAIR == 2:
+                more = tl.exp2(scores[j + 1] * size[:, None] - top[:, None])
+                total += more
+                p = tl.reshape(tl.permute(tl.join(p, more), (0, 2, 1)), (p.shape[0], 2 * UNITS))  # one behind the other
+                y = tl.arange(0, 2 * UNITS)[:, None]
+                t = at + (y % UNITS) * LANES + j + y // UNITS
             units = tl.load(value_units + t * V_STRIDE + w, mask=w < V_STRIDE, other=0)  # [UNITS, EP / PER]
             s = _value_ranges(value_scale, t, 0, E, PER, GROUP, EP)
             z = _value_ranges(value_zero, t, 0, E, PER, GROUP, EP)
-            more = ()
+            sums = ()
             for i in tl.static_range(PER):
                 if GROUP < PER:
                     s = _value_ranges(value_scale, t, i, E, PER, GROUP, EP)
                     z = _value_ranges(value_zero, t, i, E, PER, GROUP, EP)
-                more = more + (tl.dot(p.to(tl.float16), _plane(units, s, z, i, V_BITS, PLAIN), out[i]),)
-            out = more
+                sums = sums + (tl.dot(p.to(tl.float16), _plane(units, s, z, i, V_BITS, PLAIN), out[i]),)
+            out = sums
     return top, total, out
 
 
@@ -427,6 +438,7 @@ def packed_decode(
     residual: int,
     splits: int | None = None,
     planes: bool | None = None,
+    units: Literal[8, 16] = 16,
     block: int | None = None,
     warps: int = 4,
     stages: int = 2,
@@ -438,8 +450,9 @@ def packed_decode(
     tails ``[B, G, slots, .]`` hold `residual` slots, or fewer that have not been filled yet. length: int32 ``[1]`` on the device,
     columns including the new one; start: int32 ``[B]``, columns of padding in each row, or None. bits: 2, 4 or 8. planes: take
     codes as planes (see the module; products in float16, sums in float32), else in the precision of q by tiles of `block` tokens;
-    None: planes where q has 16 bits and a group at most 32 tokens. Returns out ``[B, H, 1, E]`` and lse ``[B, H, 1]`` float32.
-    Neither the launch nor a bit of the result depends on the capacity.
+    None: planes where q has 16 bits and a group at most 32 tokens. units: of keys in a step of planes, 16 or 8 (the loop is
+    half as long). Returns out ``[B, H, 1, E]`` and lse ``[B, H, 1]`` float32. Neither the launch nor a bit of the result
+    depends on the capacity.
     Raises `InvalidInput`.
     """
     shelves = (key_codes, key_scale, key_zero, value_codes, value_scale, value_zero)
@@ -450,14 +463,14 @@ def packed_decode(
         raise InvalidInput(f"packed_decode: q {tuple(q.shape)} and k {tuple(k.shape)} do not fit one token per row")
     q, r = q.contiguous(), h // g
     planes = q.element_size() == 2 and group <= 32 if planes is None else planes
-    units = 0
     if planes:
-        units = max(16, -(-group * k_bits // 16))
-        step = units * min(group, 16 // k_bits)
+        wide = max(units, -(-group * k_bits // 16))
+        step = wide * min(group, 16 // k_bits)
         block, warps = max(group, 16), 1
         rests, programs = min(32, -(-(residual + step) // block)), 8
     else:
-        block, rests, programs = max(group, 64) if block is None else block, 1, 3
+        wide, rests, programs = 0, 1, 3
+        block = max(group, 64) if block is None else block
         registers = registers or 168  # three programs a processor
     if splits is None:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
@@ -472,7 +485,7 @@ def packed_decode(
         scale * LOG2E, g, r, splits, rests, residual, key_codes.shape[2], value_codes.shape[2], key_tail.shape[2],
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         D=d, E=e, K_BITS=k_bits, V_BITS=v_bits, GROUP=group, HAS_START=start is not None,
-        ROWS=max(16, triton.next_power_of_2(r)), BLOCK=block, UNITS=units, DP=wide_d, EP=wide_e, PLAIN=interpreted(),
+        ROWS=max(16, triton.next_power_of_2(r)), BLOCK=block, UNITS=wide, DP=wide_d, EP=wide_e, PLAIN=interpreted(),
         num_warps=warps, num_stages=stages, **({} if registers is None else {"maxnreg": registers}),
     )  # fmt: skip
     _merge[(b * h,)](part, lse, out, out_lse, r, splits, e, SP=triton.next_power_of_2(splits), EP=wide_e, num_warps=4)
