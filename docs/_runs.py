@@ -20,7 +20,7 @@ from _text import MISSING, commit, fixed, folded, picture, shell, table
 from qkv.bench import _charts as charts
 from qkv.bench.environment import read_json, read_jsonl
 from qkv.bench.report import KL_FLOOR, place
-from qkv.bench.summary import Record, order, records
+from qkv.bench.summary import Record, brief, order, records
 
 COLUMNS = (
     "method",
@@ -95,7 +95,9 @@ def read(folder: Path) -> Run:
             _fill(found.setdefault((r.method, r.context), r), r)
         commands[(part / "command.txt").read_text(encoding="utf-8").strip()] = None
         places[_where(rows[-1])] = None
-        kept |= {(r["method"]["label"], r["context"]): kept_share(r["method"]["stack"], r["context"]) for r in rows}
+        kept |= {
+            (brief(r["method"]["label"]), r["context"]): kept_share(r["method"]["stack"], r["context"]) for r in rows
+        }
     for r in found.values():
         if r.kl is not None or r.ppl is not None:
             r.errors = []

@@ -138,6 +138,16 @@ def test_full_is_added_once_and_the_order_is_shuffled_by_the_seed(go):
     assert len({tuple(o) for o in orders}) > 1
 
 
+def test_a_long_list_in_a_label_is_shown_by_four_digits():
+    gates = [[i / 97 for i in range(8)]] * 3
+    long = f"duoattention:gates={json.dumps(gates)},sparsity=0.25"
+    shown = summary.brief(f"xattention:threshold=[0.5, 0.9]+{long}+kivi:bits=4")
+    assert re.fullmatch(
+        r"xattention:threshold=\[0\.5, 0\.9\]\+duoattention:gates=\[…\w{4}\],sparsity=0\.25\+kivi:bits=4", shown
+    )
+    assert summary.brief(long) != summary.brief(long.replace("0.0,", "0.5,", 1)) and summary.brief("h2o") == "h2o"
+
+
 def test_a_stack_is_applied_together(go):
     results = go("sliding-window:window=64+window:budget=96", tasks=("kl",))
     assert not results.errors

@@ -65,7 +65,7 @@ def _breakable(text: str) -> Markup:
 def _facts(results: Results) -> dict[str, Any]:
     identity = results.manifest["identity"]
     found = summary.records(results.rows)
-    labels = [m["label"] for m in identity["methods"]]
+    labels = [summary.brief(m["label"]) for m in identity["methods"]]
     numbers = {name: i for i, name in enumerate(labels)}
     contexts = sorted({r.context for r in found})
     last = results.rows[-1]["environment"] if results.rows else None
@@ -76,18 +76,18 @@ def _facts(results: Results) -> dict[str, Any]:
         "model": identity["model"],
         "methods": [
             {
-                "label": m["label"],
-                "badge": charts.badge(numbers[m["label"]]),
+                "label": name,
+                "badge": charts.badge(numbers[name]),
                 "json": json.dumps(m["stack"], sort_keys=True),
             }
-            for m in identity["methods"]
+            for name, m in zip(labels, identity["methods"], strict=True)
         ],
         "contexts": identity["contexts"],
         "tasks": identity["tasks"],
         "place": place(identity),
         "started": str(results.manifest.get("started", ""))[:10],
         "errors": [
-            {"method": r["method"]["label"], "context": r["context"], "task": r["task"], **r["error"]}
+            {"method": summary.brief(r["method"]["label"]), "context": r["context"], "task": r["task"], **r["error"]}
             for r in results.errors
         ],
         "planned": len(identity["methods"]) * len(identity["contexts"]) * len(identity["tasks"]),

@@ -27,6 +27,7 @@ from qkv.bench.environment import append_jsonl, environment, plain, read_json
 from qkv.bench.folder import RunFolder, now
 from qkv.bench.job import Job, Stack
 from qkv.bench.measure import Runner
+from qkv.bench.summary import brief
 from qkv.bench.tasks import Bench, Task, Trial, task, tasks
 from qkv.core.errors import InvalidInput, QKVError, StorageError
 from qkv.hosts.stack import fingerprint
@@ -252,7 +253,7 @@ class _Work:
         stack = group[0].stack
         done: set[str] = set()
         try:
-            self.told.stage(f"{self.job.label(stack)}: applying")
+            self.told.stage(f"{brief(self.job.label(stack))}: applying")
             start = time.perf_counter()
             torch.manual_seed(self.job.settings.seed)
             with hosts.applied(self.bench.model, *stack, data=self._calibration(stack), graph=self.job.graph):
@@ -273,7 +274,7 @@ class _Work:
         self._clean()
 
     def _cell(self, cell: _Cell, trial: Trial, setup: float) -> None:
-        self.told.working(f"{self.job.label(cell.stack)} · {cell.task.id} · {cell.context}")
+        self.told.working(f"{brief(self.job.label(cell.stack))} · {cell.task.id} · {cell.context}")
         start = time.perf_counter()
         try:
             torch.manual_seed(self.job.settings.seed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +51,24 @@ class Record:
     errors: list[str] = field(default_factory=list)
 
 
+LONG = 40
+"""Characters of a list in a label that are shown."""
+
 _QUALITY = ("kl", "top1", "ppl", "ppl_prefill", "accuracy", "agreement", "cells", "kl_by_position")
+
+
+def brief(label: str) -> str:
+    """A label to be read: of a list too long for a table stand four digits of its hash, which tell two of them apart."""
+    out, at = [], 0
+    for found in re.finditer(r"=(?=\[)", label):
+        start = found.end()
+        if start >= at:
+            stop = json.JSONDecoder().raw_decode(label, start)[1]
+            if stop - start > LONG:
+                digits = hashlib.blake2b(label[start:stop].encode(), digest_size=2).hexdigest()
+                out += [label[at:start], f"[…{digits}]"]
+                at = stop
+    return "".join([*out, label[at:]])
 
 
 def records(rows: Iterable[dict[str, Any]]) -> list[Record]:
@@ -56,7 +76,7 @@ def records(rows: Iterable[dict[str, Any]]) -> list[Record]:
     found: dict[tuple[str, int], Record] = {}
     sources: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        at = (row["method"]["label"], row["context"])
+        at = (brief(row["method"]["label"]), row["context"])
         record = found.setdefault(at, Record(at[0], row["kind"], at[1]))
         if row["status"] == "error":
             record.errors.append(f"{row['task']}: {row['error']['type']}: {row['error']['message']}")

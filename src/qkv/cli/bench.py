@@ -127,7 +127,7 @@ def _show(results: Any, page: Path) -> None:
     for table in summary.tables(summary.records(results.rows), console.width):
         console.print(table)
     for row in results.errors:
-        said = Text(f"{row['method']['label']} at {row['context']}, {row['task']}: ", style="red")
+        said = Text(f"{summary.brief(row['method']['label'])} at {row['context']}, {row['task']}: ", style="red")
         said.append(f"{row['error']['type']}: {row['error']['message']}", style="default")
         console.print(said, soft_wrap=True)
     identity = results.manifest["identity"]
@@ -144,7 +144,7 @@ def _told() -> Any:
     """The listener: a bar with the time left on a terminal, one line a row elsewhere."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from qkv.bench import run
+    from qkv.bench import run, summary
 
     class Told(run.Listener):
         def __init__(self) -> None:
@@ -180,7 +180,8 @@ def _told() -> Any:
             failed = row["status"] == "error"
             if failed or not self.console.is_terminal:
                 said = f"{row['error']['type']}: {row['error']['message']}" if failed else f"{row['seconds']:.1f} s"
-                line = f"[{self.have}/{self.rows}] {row['method']['label']} {row['task']} {row['context']}: {said}"
+                name = summary.brief(row["method"]["label"])
+                line = f"[{self.have}/{self.rows}] {name} {row['task']} {row['context']}: {said}"
                 line += "" if self.have == self.rows else f" ({self._left()})"
                 self.console.print(line, markup=False, soft_wrap=True, style="red" if failed else None)
             self._draw()
