@@ -125,5 +125,6 @@ SECTIONS: tuple[Section, ...] = (
      "Forms that compute a part of the score map, beside torch's dense attention. The bound is the share that is left.",
      _patterns),
     ("stream", "A stream far beyond the trained length",
-     "Real text through one cache of constant size; a row is a stretch of it.", _stream),
+     "Real text through one cache of constant size; a row is a stretch of it. This one needs no CPU; its machine stands below.",
+     _stream),
 )  # fmt: skip
