@@ -345,6 +345,8 @@ def test_packed_buffers_that_do_not_fit_are_refused() -> None:
     for bad in ({"k_bits": 3}, {"v_bits": 2}, {"group": 4}, {"residual": 12}):
         with pytest.raises(InvalidInput, match="packed_decode"):
             packed_decode(*new, *buffers, **good | bad)
+    with pytest.raises(InvalidInput, match="8 or 16"):
+        packed_decode(*new, *buffers, **good, units=4)
     with pytest.raises(InvalidInput, match="one token per row"):
         packed_decode(prompt[0].to(DEVICE), *new[1:], *buffers, **good)
 

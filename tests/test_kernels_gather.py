@@ -70,9 +70,10 @@ def test_select_is_the_exact_top_k(
     from qkv.kernels.gather import select
 
     if part[0] == 32 and (kind == "normal" or shape[2] != 70):
-        pytest.skip("many programs for little")
+        pytest.skip("counting in parts is shown by one shape; through the interpreter the others take minutes")
     monkeypatch.setattr(gather, "PART", part[0])
     monkeypatch.setattr(gather, "WIDE", part[1])
+    monkeypatch.setattr(gather, "COUNTED", part[0])
     b, a, p, c, count = shape
     worth = rand(b, a, 1, p)
     if kind == "ties":

@@ -28,6 +28,7 @@ from qkv.kernels.decode import LOG2E, _merge
 PART = 1024  # pages that one program chooses from at a glance; of longer rows it narrows the choice first
 WIDE = 16384  # what it narrows to at most; else the row is counted in parts
 READ = 8192  # pages that it reads at once meanwhile
+COUNTED = 4096  # pages of such a part, at least
 
 
 @triton.jit
@@ -793,7 +794,7 @@ def select(
             ROWS=tile // 4, TIMES=times, num_warps=_warps(tile * times), **what,
         )  # fmt: skip
         return index
-    chunk = 4096
+    chunk = COUNTED
     while triton.cdiv(p, chunk) > 32:
         chunk *= 2
     parts = triton.cdiv(p, chunk)

@@ -451,8 +451,8 @@ def packed_decode(
     columns including the new one; start: int32 ``[B]``, columns of padding in each row, or None. bits: 2, 4 or 8. planes: take
     codes as planes (see the module; products in float16, sums in float32), else in the precision of q by tiles of `block` tokens;
     None: planes where q has 16 bits and a group at most 32 tokens. units: of keys in a step of planes, 16 or 8 (the loop is
-    half as long). Returns out ``[B, H, 1, E]`` and lse ``[B, H, 1]`` float32. Neither the launch nor a bit of the result
-    depends on the capacity.
+    half as long); block, warps: of tiles, planes have their own. Returns out ``[B, H, 1, E]`` and lse ``[B, H, 1]`` float32.
+    Neither the launch nor a bit of the result depends on the capacity.
     Raises `InvalidInput`.
     """
     shelves = (key_codes, key_scale, key_zero, value_codes, value_scale, value_zero)
@@ -461,6 +461,8 @@ def packed_decode(
     g, e = k.shape[1], v.shape[3]
     if n != 1 or h % g or (k.shape[0], k.shape[3]) != (b, d):
         raise InvalidInput(f"packed_decode: q {tuple(q.shape)} and k {tuple(k.shape)} do not fit one token per row")
+    if units not in (8, 16):
+        raise InvalidInput(f"packed_decode: a step of planes holds 8 or 16 units of keys, got units={units}")
     q, r = q.contiguous(), h // g
     planes = q.element_size() == 2 and group <= 32 if planes is None else planes
     if planes:
