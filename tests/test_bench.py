@@ -146,6 +146,7 @@ def test_a_long_list_in_a_label_is_shown_by_four_digits():
         r"xattention:threshold=\[0\.5, 0\.9\]\+duoattention:gates=\[…\w{4}\],sparsity=0\.25\+kivi:bits=4", shown
     )
     assert summary.brief(long) != summary.brief(long.replace("0.0,", "0.5,", 1)) and summary.brief("h2o") == "h2o"
+    assert summary.brief("act:text=[no list") == "act:text=[no list"
 
 
 def test_a_stack_is_applied_together(go):

@@ -62,12 +62,16 @@ def brief(label: str) -> str:
     out, at = [], 0
     for found in re.finditer(r"=(?=\[)", label):
         start = found.end()
-        if start >= at:
+        if start < at:
+            continue
+        try:
             stop = json.JSONDecoder().raw_decode(label, start)[1]
-            if stop - start > LONG:
-                digits = hashlib.blake2b(label[start:stop].encode(), digest_size=2).hexdigest()
-                out += [label[at:start], f"[…{digits}]"]
-                at = stop
+        except ValueError:  # a text that begins with a bracket, not a list
+            continue
+        if stop - start > LONG:
+            digits = hashlib.blake2b(label[start:stop].encode(), digest_size=2).hexdigest()
+            out += [label[at:start], f"[…{digits}]"]
+            at = stop
     return "".join([*out, label[at:]])
 
 
