@@ -113,6 +113,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=["1x8192", "8x16384"], help="batch x context")
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("-m", "--method", action="append", help="instead of the default ones; may be repeated")
+    parser.add_argument(
+        "--plain", nargs="*", default=["1x8192"], help="shapes at which plain steps are run too, and compared"
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave transformers' own caches out")
     a = parser.parse_args()
     torch.manual_seed(0)
@@ -170,7 +173,7 @@ def main() -> None:
             row("transformers dynamic", b, n)
         for method in methods:
             row(f"{method} graph", b, n, method=method, graph=True)
-            if b > 1:
+            if f"{b}x{n}" not in a.plain:
                 continue
             row(f"{method} plain", b, n, method=method)
             graph, plain = rows[-2], rows[-1]

@@ -2,19 +2,20 @@
 
     python benchmarks/packed_gpu.py --out benchmarks/results/packed_gpu.json [--tune]
 
-Checks every configuration before it is timed. Medians over repeats by device events; the inputs are larger than the cache.
+Checks every configuration before it is timed. Medians of calls in CUDA graphs, as decoding steps are; the inputs are larger than
+the cache of the device.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench_cudagraph
 
 from qkv.bench.environment import environment
 from qkv.caches._stores.codecs import unpack_bits
@@ -33,18 +34,8 @@ TRIALS = [
 
 
 def bench(run: Any, repeats: int = 30) -> float:
-    """Median milliseconds."""
-    for _ in range(5):
-        run()
-    times = []
-    for _ in range(repeats):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record()
-        run()
-        b.record()
-        b.synchronize()
-        times.append(a.elapsed_time(b))
-    return statistics.median(times)
+    """Median milliseconds of a call inside a CUDA graph, over `repeats` ms for each of a few replays."""
+    return do_bench_cudagraph(run, rep=repeats, return_mode="median")
 
 
 def buffers(b: int, m: int, bits: int) -> list[torch.Tensor]:

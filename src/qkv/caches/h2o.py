@@ -43,6 +43,7 @@ class H2O(Policy):
         limits=(Limit("full", {"budget": 1.0}, "budget >= length: exact attention"),),
         slot_state=1,
         trials=({}, {"positions": "cache"}, {"recent": 0.0, "group_reduce": "max", "normalize": True}),
+        slopes=True,
         small={"budget": 9},
     )
     budget: int | float = budget_param(0.2)

@@ -44,6 +44,7 @@ class KNorm(Policy):
         limits=(Limit("full", {"budget": 1.0}, "budget >= length: exact attention"),),
         slot_state=1,
         trials=({}, {"decode": "grow"}, {"recent": 3}),
+        slopes=True,
         small={"budget": 9},
     )
     budget: int | float = budget_param(0.2)

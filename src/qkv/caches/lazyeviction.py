@@ -71,6 +71,7 @@ class LazyEviction(Policy):
         limits=(Limit("full", {"budget": 1.0}, "budget >= length: exact attention"),),
         slot_state=2,
         trials=({}, {"alpha": 0.05, "group_reduce": "mean"}, {"protect_prompt": True}),
+        slopes=True,
         small={"budget": 9, "window": 3, "sinks": 2},
     )
     budget: int | float = budget_param(0.5)

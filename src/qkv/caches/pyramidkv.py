@@ -51,6 +51,7 @@ class PyramidKV(Snap):
         honest="whether lower layers need more depends on the model; on a small one an even split may be better",
         limits=(Limit("full", {"budget": 1.0}, "budget >= prompt: exact attention"),),
         trials=({}, {"decode": "evict", "beta": 4.0}),
+        slopes=True,
         small={"budget": 9, "window": 4, "kernel": 3},
     )
     beta: float = param(20.0, "the mean budget beside the window is so many times that of the topmost layer", low=1.0)

@@ -52,5 +52,6 @@ class SnapKV(Snap):
         honest="it keeps what the end of the prompt asks for; a question that comes later finds what an earlier one left",
         limits=(Limit("full", {"budget": 1.0}, "budget >= prompt: exact attention"),),
         trials=({}, {"pooling": "avg", "kernel": 7, "group_reduce": "max"}, {"decode": "evict"}),
+        slopes=True,
         small={"budget": 9, "window": 4, "kernel": 3},
     )

@@ -49,6 +49,7 @@ class StreamingLLM(Policy):
         limits=(Limit("full", {"window": 1 << 20}, "sinks + window >= length: exact attention"),),
         by_position=True,
         trials=({}, {"positions": "original"}),
+        slopes=True,
         small={"sinks": 2, "window": 7},
     )
     sinks: int = param(4, "first tokens kept for ever", low=0)

@@ -46,6 +46,7 @@ class TOVA(Policy):
         honest="one query decides: what it does not need just now is gone for good",
         limits=(Limit("full", {"budget": 1.0}, "budget >= length: exact attention"),),
         trials=({}, {"per": "head"}),
+        slopes=True,
         small={"budget": 9},
     )
     budget: int | float = budget_param(0.2)

@@ -41,6 +41,7 @@ class Window(Policy):
         limits=(Limit("full", {"budget": 1 << 20}, "budget >= length: exact attention"),),
         exact_chunks=True,
         by_position=True,
+        slopes=True,
         small={"budget": 9},
     )
     budget: int | float = budget_param(1024)

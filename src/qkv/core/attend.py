@@ -33,6 +33,22 @@ class Attended(NamedTuple):
     mass: Tensor | None
 
 
+class LinearBias(NamedTuple):
+    """Linear position biases (ALiBi): ``slopes[h] * (key - query)`` is added to the scaled logits.
+
+    slopes ``[H]``; query ``[B|1, N]`` and key ``[B|1, 1|G, M]``: integer positions in the text (-1 = padding, masked by others).
+    """
+
+    slopes: Tensor
+    query: Tensor
+    key: Tensor
+
+    def logits(self, groups: int, start: int, stop: int, seen: int, dtype: torch.dtype) -> Tensor:
+        """``[B|1, G, R, stop - start, seen]``: what queries start .. stop add for the first `seen` keys."""
+        gap = self.key[:, :, None, None, :seen] - self.query[:, None, None, start:stop, None]
+        return self.slopes.to(gap.device, dtype).view(1, groups, -1, 1, 1) * gap
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, who: str = "attention") -> None:
     """Raise `InvalidInput` unless q ``[B, H, N, D]``, k ``[B, G, M, D]``, v ``[B, G, M, E]`` fit."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -96,20 +112,22 @@ def attend(
     scale: float | None = None,
     mass: bool = False,
     mass_rows: Tensor | None = None,
+    bias: LinearBias | None = None,
 ) -> Attended:
     """Exact attention with its lse, holding at most one chunk of the score matrix.
 
     q: ``[B, H, N, D]``; k: ``[B, G, M, D]``; v: ``[B, G, M, E]``. mask: bool, broadcastable to ``[B, H, N,
     M]`` or to ``[B, G, N, M]``, True = may attend; combined with `causal`. scale: default D^-0.5. mass: also
     return, per key, the attention it drew in all (sum over queries); mass_rows ``[B, N]`` bool restricts that
-    sum to some queries. Softmax runs in float32 (float64 for float64 inputs). Raises `InvalidInput`.
+    sum to some queries. bias: see `LinearBias`; no kernel takes it. Softmax runs in float32 (float64 for float64
+    inputs). Raises `InvalidInput`.
     """
     check_qkv(q, k, v, causal=causal)
     b, h, n, d = q.shape
     g, m = k.shape[1:3]
     r = h // g
     scale = float(d**-0.5 if scale is None else scale)
-    if on_kernels(q, k, v, mask):
+    if bias is None and on_kernels(q, k, v, mask):
         return _fused(q, k, v, mask, causal, scale, mass, mass_rows)
     wide = torch.promote_types(q.dtype, torch.float32)
     if mask is not None:
@@ -124,6 +142,8 @@ def attend(
         seen = stop + (m - n) if causal else m  # keys past the last query of the chunk are not touched
         part = (qg[:, :, :, start:stop] * scale).reshape(b, g, -1, d)  # a group's heads are rows: keys are not repeated
         logits = (part @ kt[..., :seen]).to(wide).reshape(b, g, r, stop - start, seen)
+        if bias is not None:
+            logits = logits + bias.logits(g, start, stop, seen, wide)
         if causal:
             logits = _hide_later(logits, stop - start)
         if mask is not None:
@@ -217,12 +237,19 @@ def sdpa(
     causal: bool = False,
     scale: float | None = None,
     dropout: float = 0.0,
+    bias: LinearBias | None = None,
 ) -> Tensor:
     """Exact attention by torch's fused kernels where their semantics are ours; same arguments as `attend`.
 
     One query per row packs the heads of a group instead of repeating keys and values. Rows without a key
-    give 0.
+    give 0. With a bias it is `attend`, which knows no dropout (`InvalidInput`).
     """
+    if bias is not None:
+        if dropout:
+            raise InvalidInput(
+                f"attention: dropout={dropout} and linear position biases were given; set the model's attention dropout to 0"
+            )
+        return attend(q, k, v, mask=mask, causal=causal, scale=scale, bias=bias).out
     b, h, n, d = q.shape
     g, m = k.shape[1:3]
     if mask is not None and mask.ndim < 4:

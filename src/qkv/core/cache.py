@@ -10,6 +10,7 @@ Axes: B batch, H query heads, G key/value heads, N new queries, S stored slots, 
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qkv.core.attend import LinearBias
 from qkv.core.errors import InvalidParameter, Refused, StateError
 from qkv.core.spec import Method, Spec
 
@@ -52,7 +54,10 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Shape facts of an attention site that a cache needs. layer counts from 0 of `layers`."""
+    """Shape facts of an attention site that a cache needs. layer counts from 0 of `layers`.
+
+    slopes: one per query head, where the site adds linear position biases (ALiBi) to its logits; a memory then adds `bias`.
+    """
 
     heads: int
     kv_heads: int
@@ -62,6 +67,26 @@ class Geometry:
     layers: int = 1
     rope: Rope | None = None
     max_length: int | None = None
+    slopes: tuple[float, ...] | None = None
+
+    def bias(self, query: Tensor, key: Tensor, compute: Compute | None = None) -> LinearBias | None:
+        """The bias between query positions ``[B, N]`` and key positions ``[B, 1|G, M]``, or None where the site adds none.
+
+        compute: another attention that is to run, which takes no bias: `Refused`.
+        """
+        if self.slopes is None:
+            return None
+        if compute is not None:
+            raise Refused(
+                f"layer {self.layer} adds linear position biases (ALiBi) to its logits, which the attention put in its place does "
+                "not take; run it plain"
+            )
+        return LinearBias(_tensor(self.slopes, query.device), query, key)
+
+
+@functools.lru_cache(maxsize=256)
+def _tensor(slopes: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(slopes, dtype=torch.float64).to(device)
 
 
 @dataclass(slots=True)
@@ -136,7 +161,8 @@ class CacheSpec(Spec):
     evicts: tokens are lost for good. by_position: slots are ranked by position alone, so all heads keep the same tokens.
     slot_state: float32 numbers kept per slot and KV head (`Policy.width`, where settings decide). exact_chunks: one-shot,
     chunked and token-by-token prefill give the same result (policies that rank by position); others evict at
-    different times by design.
+    different times by design. slopes: its memory adds the linear position biases (ALiBi) of sites that have them; at others'
+    such sites are refused.
     """
 
     kind: ClassVar[str] = "cache"
@@ -144,6 +170,7 @@ class CacheSpec(Spec):
     by_position: bool = False
     slot_state: int = 0
     exact_chunks: bool = False
+    slopes: bool = False
     small: dict[str, Any] = field(default_factory=dict)
     """Parameters that make the method act on the laws' small inputs (tens of tokens)."""
 
@@ -268,6 +295,12 @@ class CacheMethod(Method):
         """None, or the reason why a site of this geometry cannot be served (no side effect)."""
         return None
 
+    def serves(self, geometry: Geometry) -> str | None:
+        """`fits`, and whether the method adds the linear position biases of a site that has them."""
+        if geometry.slopes is not None and not self.spec.slopes:
+            return f"it adds linear position biases (ALiBi) to its logits, which {self.id} does not compute"
+        return self.fits(geometry)
+
     def repairs(self) -> int | None:
         """Decoded tokens after which the host takes them back and runs them again in one call that reads everything, or None."""
         return None
@@ -386,7 +419,7 @@ class Policy(CacheMethod):
         """See `CacheMethod.layer`."""
         import importlib
 
-        reason = self.fits(geometry)
+        reason = self.serves(geometry)
         if reason is not None:
             raise Refused(f"{self.id} at layer {geometry.layer}: {reason}")
         # By name: core defines the contract, the store that fulfils it lives with the caches.

@@ -204,7 +204,10 @@ def fits(method: Method, site: Site) -> str | None:
             return f"{SORTS[site.role]} attention that keeps no growing cache has nothing to compress"
         if site.window is not None:
             return f"it already keeps only its own sliding window of {site.window} tokens"
-        return method.fits(site.geometry)
+        return method.serves(site.geometry)
+    plain = isinstance(method, Operator) and method.id == "full"
+    if site.geometry.slopes is not None and not plain:
+        return f"it adds linear position biases (ALiBi) to its logits, which {method.id} does not compute"
     if isinstance(method, Pattern):
         if site.window is not None:
             return f"it already has a sliding window of {site.window} tokens"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -96,15 +96,17 @@ class DenseCache(Columns):
         self.padding = step.padding
         if first:
             keys, values = k, v
-        if served(q) and q.shape[2] == 1 and step.compute is None and step.mask is None and self.left_padded:
+        plain = step.compute is None and step.mask is None and self.geometry.slopes is None
+        if served(q) and q.shape[2] == 1 and plain and self.left_padded:
             return self._read(q, step)
         mask = None if step.padding is None else step.padding[:, None, None, :]
         if step.mask is not None:
             mask = step.mask if mask is None else mask & step.mask
         own = self.tree if step.mask is not None and step.padding is None and not first else None
-        return (step.compute or own or sdpa)(
-            q, keys, values, mask=mask, causal=step.causal and step.mask is None, scale=step.scale
-        )
+        what: dict[str, Any] = {"mask": mask, "causal": step.causal and step.mask is None, "scale": step.scale}
+        if self.geometry.slopes is not None:
+            what["bias"] = self.geometry.bias(step.position, self.positions()[:, :1], step.compute or own)
+        return (step.compute or own or sdpa)(q, keys, values, **what)
 
     def _read(self, q: Tensor, step: Step) -> Tensor:
         """One token over the whole history, by the kernel that captured steps use too."""
@@ -131,7 +133,9 @@ class DenseCache(Columns):
         return self.keys[:, :, :total], self.values[:, :, :total]
 
     def static(self) -> bool:
-        """On CUDA, with room for the token, and padding (if any) on the left."""
+        """On CUDA, with room for the token, padding (if any) on the left, and no position biases, which kernels do not take."""
+        if self.geometry.slopes is not None:
+            return False
         if self.keys is None or self.seen >= self.keys.shape[2] or not served(self.keys):
             return False
         return self.left_padded

@@ -4,7 +4,7 @@ r"""Sinks and a recent buffer, and one mean key and value for everything dropped
 
 All heads keep the same tokens, so positions are kept once per row. A block attends to what is stored, to the mean, and to
 all of itself; then it is trimmed. A step writes into one free slot and folds the oldest token that is no sink. Means are
-kept in float32 (float64 for float64 keys).
+kept in float32 (float64 for float64 keys). Where a site adds linear position biases, the mean has the bias of the mean position.
 
 Axes: B batch, H query heads, G key/value heads, N new queries, S stored slots, D head width, E value width.
 """
@@ -43,7 +43,7 @@ def mean_part(q: Tensor, mean_k: Tensor, mean_v: Tensor, count: Tensor, scale: f
 class FoldingCache(Recording):
     """See the module. limit: tokens a row of a given length keeps beside its sinks; fold: False drops without a trace."""
 
-    NAMES = ("keys", "values", "position", "slot", "mean_k", "mean_v", "count")
+    NAMES = ("keys", "values", "position", "slot", "mean_k", "mean_v", "mean_p", "count")
 
     def __init__(
         self, geometry: Geometry, *, sinks: int, limit: Callable[[Any], Any], fold: bool = True, who: str = "folding"
@@ -59,6 +59,7 @@ class FoldingCache(Recording):
         self.slot: Tensor | None = None  # [B, 1] where the next token goes
         self.mean_k: Tensor | None = None  # [B, G, D]
         self.mean_v: Tensor | None = None  # [B, G, E]
+        self.mean_p: Tensor | None = None  # float64 [B, 1], where positions bias the logits
         self.count: Tensor | None = None  # [B, 1]
         self.length: Tensor | None = None  # int32 [1], for the kernel
         self.newest: Tensor | None = None  # [B, 1] the largest position so far
@@ -92,7 +93,7 @@ class FoldingCache(Recording):
             position = torch.cat((self.position, position), 1)
         holes = old or step.padding is not None
         mask = (position >= 0)[:, None, None] if holes else None
-        out = self._attend(q, keys, values, mask, n > 1, step)
+        out = self._attend(q, keys, values, mask, n > 1, step, position)
         self._trim(keys.detach(), values.detach(), position, self.seen + n)
         self.seen += n
         return out
@@ -107,10 +108,11 @@ class FoldingCache(Recording):
         self.values.scatter_(2, at.expand(*v.shape), v.detach())
         self.position.scatter_(1, self.slot, position.to(torch.int32))
         torch.maximum(self.newest, position.to(torch.int32), out=self.newest)
-        if served(q) and step.compute is None:
+        if served(q) and step.compute is None and self.geometry.slopes is None:
             out = self._read(q, step.scale)
         else:
-            out = self._attend(q, self.keys, self.values, (self.position >= 0)[:, None, None], False, step)
+            real = (self.position >= 0)[:, None, None]
+            out = self._attend(q, self.keys, self.values, real, False, step, self.position)
         self._free()
         self.seen += 1
         return out
@@ -131,6 +133,9 @@ class FoldingCache(Recording):
                 token = x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3])).squeeze(2)
                 mean.lerp_(token.to(mean.dtype), weight)
         held = self.position.gather(1, oldest)
+        if self.mean_p is not None:
+            assert self.count is not None
+            self.mean_p.lerp_(held.double(), over.double() / self.count.clamp(min=1))
         self.position.scatter_(1, oldest, torch.where(over, torch.full_like(held, -1), held))
         self.slot.copy_(
             torch.where(over, oldest, self.position.argmin(-1, keepdim=True))
@@ -159,7 +164,7 @@ class FoldingCache(Recording):
             newest = torch.maximum(newest, self.newest)
         real = position >= 0
         stays = real & ((position < self.sinks) | (position > newest - self.limit(newest + 1)))
-        self._fold_all(keys, values, real & ~stays)
+        self._fold_all(keys, values, position, real & ~stays)
         size = min(self._most(tokens), position.shape[1] + 1)
         order = torch.where(stays, position, torch.iinfo(torch.int32).max).argsort(-1)[:, : size - 1]
         kept = stays.gather(1, order)
@@ -172,7 +177,7 @@ class FoldingCache(Recording):
         self.position = resized(position.gather(1, order).masked_fill(~kept, -1)[:, None], capacity, size - 1, -1)[:, 0]
         self.newest, self.slot = newest.to(torch.int32), self.position.argmin(-1, keepdim=True)
 
-    def _fold_all(self, keys: Tensor, values: Tensor, gone: Tensor) -> None:
+    def _fold_all(self, keys: Tensor, values: Tensor, position: Tensor, gone: Tensor) -> None:
         """Add dropped tokens ``[B, S]`` to the means."""
         if not self.fold:
             return
@@ -181,22 +186,36 @@ class FoldingCache(Recording):
             b, g = keys.shape[:2]
             self.mean_k, self.mean_v = (x.new_zeros(b, g, x.shape[3], dtype=wide) for x in (keys, values))
             self.count = gone.new_zeros(b, 1, dtype=torch.int64)
+            if self.geometry.slopes is not None:
+                self.mean_p = self.count.double()
         new = gone.sum(-1, keepdim=True)
         total = (self.count + new).clamp(min=1).unsqueeze(-1).to(wide)
         for mean, x in ((self.mean_k, keys), (self.mean_v, values)):
             drawn = torch.where(gone[:, None, :, None], x, 0).sum(2, dtype=wide)  # what lies in padding may be anything
             mean.mul_(self.count.unsqueeze(-1) / total).add_(drawn / total)
+        if self.mean_p is not None:
+            few = (self.count + new).clamp(min=1).double()
+            drawn = torch.where(gone, position, 0).sum(1, keepdim=True, dtype=torch.float64)
+            self.mean_p.mul_(self.count / few).add_(drawn / few)
         self.count += new
 
     # -- attention --------------------------------------------------------------------------------------------
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, step: Step) -> Tensor:
-        """The attention to keys and, where something was folded, to the mean."""
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, step: Step, position: Tensor
+    ) -> Tensor:
+        """The attention to keys at positions ``[B, S]`` and, where something was folded, to the mean."""
+        bias = self.geometry.bias(step.position, position[:, None], step.compute)
         if self.mean_k is None or self.mean_v is None or self.count is None:
-            return (step.compute or sdpa)(q, k, v, mask=mask, causal=causal, scale=step.scale)
+            more: dict[str, Any] = {} if bias is None else {"bias": bias}
+            return (step.compute or sdpa)(q, k, v, mask=mask, causal=causal, scale=step.scale, **more)
         if step.compute is None:
-            done = attend(q, k, v, mask=mask, causal=causal, scale=step.scale)
+            done = attend(q, k, v, mask=mask, causal=causal, scale=step.scale, bias=bias)
             out, lse = mean_part(q, self.mean_k, self.mean_v, self.count, step.scale)
+            if bias is not None:
+                assert self.mean_p is not None
+                gap = self.mean_p - step.position  # [B, N]
+                lse = lse + bias.slopes[:, None] * gap[:, None]
             return merge((done.out, done.lse), (out, lse.to(done.lse.dtype)))[0]
         return self._through(q, k, v, mask, causal, step)
 
@@ -256,7 +275,7 @@ class FoldingCache(Recording):
     def static(self) -> bool:
         """On CUDA, once there is room for what the next step needs."""
         if self.keys is None or self.recording or not served(self.keys) or self.length is None:
-            return False
+            return False  # with position biases there is no length: kernels, which would have made it, do not take them
         return self._most(self.seen + 1) <= self.keys.shape[2]
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, now: Now) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qkv.caches._stores.dense import grown, rearranged, resized
 from qkv.caches._stores.recording import Recording
-from qkv.core.attend import attend, causal_mask, sdpa
+from qkv.core.attend import LinearBias, attend, causal_mask, sdpa
 from qkv.core.cache import NO_LIMIT, Geometry, Now, Policy, Step, View
 from qkv.core.errors import Refused, StateError
 from qkv.core.kernel import kernel, served
@@ -148,15 +148,16 @@ class RankedCache(Recording):
         state = self._padded_state(keys, old)
         view = self._view(keys, values, position, q)
         read, seen_by = self._moved(view), query if holes else None
+        bias = self.geometry.bias(query, position, step.compute)
         if self._waits(n):
-            out, _ = self._run(q, read, values, mask, True, step, 0, seen_by)
+            out, _ = self._run(q, read, values, mask, True, step, 0, seen_by, bias)
             self._remember(q, query)
             self.seen += n
             self._store(view, state, hold=True)
         else:
             past = 0 if self.tail is None else self.tail.shape[2]
             rows = 0 if past else self.policy.mass_queries(n)
-            out, mass = self._run(q, read, values, mask, True, step, rows, seen_by)
+            out, mass = self._run(q, read, values, mask, True, step, rows, seen_by, bias)
             every, places = self._remember(q, query) if past or self.policy.row_queries(n) else (q, query)
             if past:
                 rows = self.policy.mass_queries(past + n)
@@ -188,7 +189,11 @@ class RankedCache(Recording):
         mask = mask if extra is None else mask & extra
         wide = torch.promote_types(q.dtype, torch.float32)
         logits = (q.unflatten(1, (g, -1)) * scale) @ k.unsqueeze(2).mT  # [B, G, R, rows, S]
-        logits = logits.to(wide).masked_fill(~mask.unsqueeze(2), -torch.inf)
+        logits = logits.to(wide)
+        bias = self.geometry.bias(query, position)
+        if bias is not None:
+            logits = logits + bias.logits(g, 0, n, m, wide)
+        logits = logits.masked_fill(~mask.unsqueeze(2), -torch.inf)
         lse = logits.logsumexp(-1, keepdim=True)
         probs = (logits - torch.where(torch.isfinite(lse), lse, 0.0)).exp().flatten(1, 2)
         return probs * (query >= 0)[:, None, :, None]
@@ -203,7 +208,7 @@ class RankedCache(Recording):
         view = self._view(keys, values, position, q)
         due = 0 < self.lag <= self.over
         scored = not self.lag or self.width > 0 or due
-        out, mass = self._read(q, self._moved(view), values, position if holes else None, step, scored)
+        out, mass = self._read(q, self._moved(view), values, position, holes, step, scored)
         if mass is not None and step.padding is not None:
             mass = mass * (step.position >= 0).unsqueeze(-1)  # padding draws nothing
         view = self._scored(self._view(keys, values, position, q), mass, step.position)
@@ -237,13 +242,14 @@ class RankedCache(Recording):
         self._store(view, state, keep=torch.where(count > self.keep + self.lag, self.keep, count))
 
     def _read(
-        self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, step: Step, scored: bool = True
+        self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, holes: bool, step: Step, scored: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """One token over all slots (those with a position >= 0, where some are empty); scored: with its mass, if wanted."""
-        if not served(q) or step.compute is not None:
-            mask = None if position is None else (position >= 0).unsqueeze(2)
-            return self._run(q, k, v, mask, False, step, int(scored and self._wants()), None)
-        return self._kernels(q, k, v, position, step.scale, scored)
+        """One token over all slots (those with a position >= 0, where there are holes); scored: with its mass, if wanted."""
+        bias = self.geometry.bias(step.position, position, step.compute)
+        if not served(q) or step.compute is not None or bias is not None:
+            mask = (position >= 0).unsqueeze(2) if holes else None
+            return self._run(q, k, v, mask, False, step, int(scored and self._wants()), None, bias)
+        return self._kernels(q, k, v, position if holes else None, step.scale, scored)
 
     def _wants(self) -> bool:
         """Whether the policy looks at the attention of single tokens."""
@@ -284,6 +290,7 @@ class RankedCache(Recording):
             and served(self.keys)
             and not self.holes
             and not self.recording
+            and self.geometry.slopes is None  # kernels take no position biases
         )
 
     def _steady(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float) -> Tensor:
@@ -380,15 +387,17 @@ class RankedCache(Recording):
         step: Step,
         rows: int,
         query: Tensor | None,
+        bias: LinearBias | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The attention, and the mass that the policy asked for, in one pass where no other compute is set."""
         real = None if query is None else query >= 0
         if mask is not None and mask.shape[1] not in (1, q.shape[1]):
             mask = mask.repeat_interleave(q.shape[1] // mask.shape[1], 1)
         if rows >= q.shape[2] and step.compute is None:
-            done = attend(q, k, v, mask=mask, causal=causal, scale=step.scale, mass=True, mass_rows=real)
+            done = attend(q, k, v, mask=mask, causal=causal, scale=step.scale, mass=True, mass_rows=real, bias=bias)
             return done.out, done.mass
-        out = (step.compute or sdpa)(q, k, v, mask=mask, causal=causal, scale=step.scale)
+        more: dict[str, Any] = {} if bias is None else {"bias": bias}
+        out = (step.compute or sdpa)(q, k, v, mask=mask, causal=causal, scale=step.scale, **more)
         if not rows:
             return out, None
         start = max(0, q.shape[2] - rows)
@@ -402,6 +411,7 @@ class RankedCache(Recording):
             scale=step.scale,
             mass=True,
             mass_rows=None if real is None else real[:, start:],
+            bias=None if bias is None else bias._replace(query=bias.query[:, start:]),
         )
         return out, done.mass
 
@@ -632,7 +642,7 @@ class RankedCache(Recording):
 
     def static(self) -> bool:
         """True once every slot is in use: from then on a step overwrites in place. With a lag, until rows are cut again."""
-        if self.recording or self.keys is None or not served(self.keys):
+        if self.recording or self.keys is None or not served(self.keys) or self.geometry.slopes is not None:
             return False
         if self.tail is not None or self._waits(1):
             return False

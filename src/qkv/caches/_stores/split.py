@@ -40,7 +40,9 @@ def split(geometry: Geometry, parts: Sequence[tuple[Sequence[int], Make]], who: 
     for heads, make in parts:
         if heads:
             mine = tuple(sorted(heads))
-            made.append((mine, make(replace(geometry, heads=group * len(mine), kv_heads=len(mine)))))
+            slopes = geometry.slopes and tuple(geometry.slopes[h * group + r] for h in mine for r in range(group))
+            part = replace(geometry, heads=group * len(mine), kv_heads=len(mine), slopes=slopes)
+            made.append((mine, make(part)))
     return made[0][1] if len(made) == 1 else SplitCache(geometry, made, who)
 
 
