@@ -86,3 +86,20 @@ def test_state_has_the_size_of_the_page() -> None:
     q, k, v = _draw(M, M)
     _, state = qkv.attention(q.float(), k.float(), v.float(), method="flow", return_state=True)
     assert state.bytes == 4 * B * (H * (D * E + 4 * D + 1) + 1)
+
+
+@pytest.mark.parametrize("form", ["reference", "fast"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_without_eps_padding_in_front_changes_nothing(form: str, causal: bool) -> None:
+    q, k, v = (x.requires_grad_() for x in _draw(M, M))
+    real = torch.ones(B, M, dtype=torch.bool)
+    real[0, :3] = False
+    out = qkv.attention(q, k, v, method="flow:eps=0.0", causal=causal, form=form, padding=real)
+    alone = [x[:1, :, 3:] for x in (q, k, v)]
+    want = qkv.attention(*alone, method="flow:eps=0.0", causal=causal, form=form)
+    close(out[:1, :, 3:], want, rtol=1e-9, what="the padded row")
+    for grad in torch.autograd.grad(out[:, :, 3:].square().sum(), (q, k, v)):
+        assert grad.isfinite().all()
+    state = qkv.method("flow:eps=0.0").initial(q, k, v)
+    first, _ = qkv.method("flow:eps=0.0").step(*(x[:, :, :1] for x in (q, k, v)), state, padding=real[:, :1])
+    assert first[1].isfinite().all()

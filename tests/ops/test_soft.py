@@ -124,6 +124,14 @@ def test_bad_calls_are_refused() -> None:
         qkv.method("soft", num_landmarks=4, grid=(3, 5))(q, k, v, causal=False)
 
 
+@pytest.mark.parametrize("ridge", [0.0, 0.01, 0.06, 0.1, 3.0])
+@pytest.mark.parametrize("count", [1, 4])
+def test_newton_converges_whatever_the_ridge(ridge: float, count: int) -> None:
+    a = torch.eye(count, dtype=torch.float64) * 0.9 + 0.1
+    x = newton_inverse(a, 40, ridge)
+    close(x, torch.linalg.inv(a + ridge * torch.eye(count, dtype=a.dtype)), rtol=1e-9, what=f"ridge {ridge}")
+
+
 def test_state_is_one_row_for_each_landmark() -> None:
     q, k, v = _draw()
     marks = torch.randn(H, 7, D, dtype=torch.float64)

@@ -61,8 +61,8 @@ def reference(
     past = ones[..., None, :].expand(-1, -1, n, -1).tril()  # real tokens up to t, [B, 1, N, N]
     count = s.count[:, None, None] + past.sum(-1)  # [B, 1, N]
     t = count.clamp(min=1.0)
-    i = t / _dot(a, past @ b + s.keys.unsqueeze(2), eps)
-    r = t / _dot(b, past @ a + s.queries.unsqueeze(2), eps)
+    i = t / _flow(a, past @ b + s.keys.unsqueeze(2), eps)
+    r = t / _flow(b, past @ a + s.queries.unsqueeze(2), eps)
     kr, qi = past @ (b * r.unsqueeze(-1)) + s.kr.unsqueeze(2), past @ (a * i.unsqueeze(-1)) + s.qi.unsqueeze(2)
     weight = (_dot(b, qi, eps) / t).clamp(-1.0, 1.0).exp() * ones  # e^Ohat, [B, H, N]
     total = (past @ weight.unsqueeze(-1)).squeeze(-1) + s.w.unsqueeze(-1)
@@ -152,7 +152,7 @@ def fast(
     real = (lambda x: x) if keep is None else (lambda x: x * keep)
     t = count.clamp(min=1).to(a)  # [B, 1, N]
     k_sum, q_sum = real(b).cumsum(2) + s.keys.unsqueeze(2), real(a).cumsum(2) + s.queries.unsqueeze(2)
-    i, r = t / _dot(a, k_sum, eps), t / _dot(b, q_sum, eps)
+    i, r = t / _flow(a, k_sum, eps), t / _flow(b, q_sum, eps)
     kr = real(b * r.unsqueeze(-1)).cumsum(2) + s.kr.unsqueeze(2)
     qi = real(a * i.unsqueeze(-1)).cumsum(2) + s.qi.unsqueeze(2)
     weight = (_dot(b, qi, eps) / t).clamp(-1.0, 1.0).exp().unsqueeze(-1)
@@ -199,7 +199,7 @@ def step(
     count = s.count + real[:, 0].to(s.count)
     t = count.clamp(min=1)[:, None].to(a)
     k_sum, q_sum = s.keys + keep.unsqueeze(-1) * b, s.queries + keep.unsqueeze(-1) * a
-    i, r = t / _dot(a, k_sum, eps), t / _dot(b, q_sum, eps)
+    i, r = t / _flow(a, k_sum, eps), t / _flow(b, q_sum, eps)
     kr, qi = s.kr + (keep * r).unsqueeze(-1) * b, s.qi + (keep * i).unsqueeze(-1) * a
     weight = (_dot(b, qi, eps) / t).clamp(-1.0, 1.0).exp()
     total = s.w + keep * weight
@@ -227,11 +227,11 @@ def _whole(a: Tensor, b: Tensor, v: Tensor, source: Tensor, sink: Tensor, eps: f
     """Bidirectional flows of features a ``[B, H, N, D]``, b ``[B, H, M, D]``; source ``[B, M]``, sink ``[B, N]``: real tokens."""
     sinks, sources = sink[:, None, :, None].to(a), source[:, None, :, None].to(a)
     n, m = (x.sum(2).clamp(min=1.0) for x in (sinks, sources))  # [B, 1, 1]
-    inflow = _dot(a, (b * sources).sum(2, keepdim=True), eps)
+    inflow = _flow(a, (b * sources).sum(2, keepdim=True), eps)
     read = a / inflow.unsqueeze(-1)
     if not conserve:
         return read @ (b.mT @ (v * sources))
-    outflow = _dot(b, (a * sinks).sum(2, keepdim=True), eps)
+    outflow = _flow(b, (a * sinks).sum(2, keepdim=True), eps)
     saved_in = _dot(a, (b / outflow.unsqueeze(-1) * sources).sum(2, keepdim=True), eps)
     saved_out = _dot(b, (read * sinks).sum(2, keepdim=True), eps).clamp(-1.0, 1.0)
     weight = saved_out.exp() * sources.squeeze(-1)
@@ -242,6 +242,11 @@ def _whole(a: Tensor, b: Tensor, v: Tensor, source: Tensor, sink: Tensor, eps: f
 def _dot(x: Tensor, y: Tensor, eps: float) -> Tensor:
     """(x + eps) . (y + eps) over channels."""
     return ((x + eps) * (y + eps)).sum(-1)
+
+
+def _flow(x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """The same as a divisor: not 0 where there is nothing to sum (padding first, or features that underflow) and eps is 0."""
+    return _dot(x, y, eps).clamp(min=1e-30)
 
 
 def _sums(q: Tensor, v: Tensor, state: State | None) -> Sums:

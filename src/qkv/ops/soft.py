@@ -8,11 +8,12 @@ positive semidefinite; here keys may differ and landmarks summarise the keys. L 
 along the sequence, or over a `grid` to a square of sqrt(m) a side. The layers make it by LayerNorm and GELU of a strided
 convolution of s^(1/2) q (divide by s^(1/2) before passing it on), and add a depthwise convolution of the values over the grid.
 
-Newton: X_0 = a A', X <- 2 X - X A' X, a = 1.8 / (largest row sum of A)^2, A' = A + ridge I; backward in closed form,
-dA = -X^T dX X^T. Landmarks that nearly coincide need more iterations than 20; `newton_residual` tells. The published code leaves
-the ridge out where it normalises; here both have it. Kernels, inverse and products run in float32 under autocast too: rounded
-to bfloat16, near-equal landmarks turn into errors of 10 to 60 % of the output (0.3 % as it is). ``normalise="symmetric"`` slows
-the growth of the map's norm with N. `gaussian_attention` is the exact map, `qkv.layers._soft.SoftAttention` the published block.
+Newton: X_0 = a A', X <- 2 X - X A' X, a = 1.8 / (largest row sum of A)^2, A' = A + ridge I (a ridge above 1/20 of that sum is
+counted in, or the steps would grow); backward in closed form, dA = -X^T dX X^T. Landmarks that nearly coincide need more
+iterations than 20; `newton_residual` tells. The published code leaves the ridge out where it normalises; here both have it.
+Kernels, inverse and products run in float32 under autocast too: rounded to bfloat16, near-equal landmarks turn into errors of
+10 to 60 % of the output (0.3 % as it is). ``normalise="symmetric"`` slows the growth of the map's norm with N.
+`gaussian_attention` is the exact map, `qkv.layers._soft.SoftAttention` the published block.
 
 Landmarks averaged from the keys see every key: without `landmarks` given there is no causal form. Given, it is a recurrence
 (our completion). State: `state` P_k^T V ``[B, H, m, E]``.
@@ -193,7 +194,10 @@ class _Newton(torch.autograd.Function):
 
 
 def _iterated(a: Tensor, iters: int, ridge: float) -> Tensor:
-    alpha = 1.8 / a.detach().sum(-1).amax(-1).square()[..., None, None]
+    rows = a.detach().sum(-1).amax(-1)
+    alpha = (
+        1.8 / torch.maximum(rows, (rows + ridge) / 1.05).square()[..., None, None]
+    )  # a (largest eigenvalue of A')^2 < 2
     moved = a + ridge * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     x = alpha * moved
     for _ in range(iters):
