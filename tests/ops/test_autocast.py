@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import qkv
 from qkv.core.operator import Operator
@@ -48,6 +49,33 @@ def test_autocast_costs_what_bfloat16_costs(name: str, size: float) -> None:
     """Operators that choose keys by their scores choose others after any rounding: inputs in bfloat16 are the measure."""
     method = qkv.method(name)
     assert error(method, size) < max(0.02, 2 * error(method, size, autocast=False))
+
+
+SPECS = qkv.methods(kind="operator")
+
+
+@pytest.mark.parametrize(
+    ("name", "causal"),
+    [(s.id, s.causal == "only") for s in SPECS]  # type: ignore[attr-defined]
+    + [(s.id, True) for s in SPECS if s.causal == "both" and not s.causal_needs],  # type: ignore[attr-defined]
+)
+def test_gradients_are_taken_after_autocast(name: str, causal: bool) -> None:
+    """As trainers do it: the way in under autocast, the way back outside."""
+    method = qkv.method(name)
+    call = draw(method, 0.3) | {"causal": causal}
+
+    def gradients(autocast: bool) -> list[Tensor | None]:
+        leaves = {n: call[n].clone().requires_grad_() for n in "qkv"}
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = method(**(call | leaves))
+        return list(torch.autograd.grad(out.float().square().sum(), tuple(leaves.values()), allow_unused=True))
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        if want is None:
+            assert got is None
+            continue
+        assert got is not None and got.dtype == torch.float32
+        assert float((got - want).norm()) <= 0.05 * float(want.norm())
 
 
 @pytest.mark.parametrize(

@@ -230,8 +230,12 @@ class _Within(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # type: ignore[override]
-        """Gradients of q, k, v, G; made of torch operations, so it can be differentiated again."""
+        """Gradients of q, k, v, G; made of torch operations, so it can be differentiated again.
+
+        Autocast rounds the map and the output on the way in, and mostly is over on the way back: here all is as wide as q.
+        """
         q, k, v, g, fade, weights = ctx.saved_tensors
+        grad, v, weights = (x.to(q.dtype) for x in (grad, v, weights))
         if torch.is_grad_enabled():  # to be differentiated again: what was kept has lost its history
             fade = None if g is None else _fade(g)
             weights = _faded(q @ k.mT, fade)
