@@ -108,6 +108,9 @@ def _command(file: str, data: Row) -> str:
         more = " --shapes " + " ".join(dict.fromkeys(f"{r['batch']}x{r['context']}" for r in rows))
         if data["model"]["num_hidden_layers"] != 8:
             more += f" --layers {data['model']['num_hidden_layers']}"
+        more += "".join(
+            f" --{k} {v}" for k, v in (("new", data.get("new")), ("plain", " ".join(data.get("plain", ())))) if v
+        )
         methods = [r["what"].removesuffix(" graph") for r in rows if r["what"].endswith(" graph")]
         more += "".join(f" -m {m}" for m in dict.fromkeys(methods) if m != "full")
     if file == "prefill_gpu":

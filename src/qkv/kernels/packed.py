@@ -438,10 +438,10 @@ def packed_decode(
     residual: int,
     splits: int | None = None,
     planes: bool | None = None,
-    units: Literal[8, 16] = 16,
+    units: Literal[8, 16] = 8,
     block: int | None = None,
     warps: int = 4,
-    stages: int = 2,
+    stages: int = 3,
     registers: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token per row over what is stored and the token itself.
@@ -450,10 +450,9 @@ def packed_decode(
     tails ``[B, G, slots, .]`` hold `residual` slots, or fewer that have not been filled yet. length: int32 ``[1]`` on the device,
     columns including the new one; start: int32 ``[B]``, columns of padding in each row, or None. bits: 2, 4 or 8. planes: take
     codes as planes (see the module; products in float16, sums in float32), else in the precision of q by tiles of `block` tokens;
-    None: planes where q has 16 bits and a group at most 32 tokens. units: of keys in a step of planes, 16 or 8 (the loop is
-    half as long); block, warps: of tiles, planes have their own. Returns out ``[B, H, 1, E]`` and lse ``[B, H, 1]`` float32.
-    Neither the launch nor a bit of the result depends on the capacity.
-    Raises `InvalidInput`.
+    None: planes where q has 16 bits and a group at most 32 tokens. units: of keys in a step of planes, 8 or 16 (a loop twice as
+    long, slower on an H100); block, warps: of tiles, planes have their own. Returns out ``[B, H, 1, E]`` and lse ``[B, H, 1]``
+    float32. Neither the launch nor a bit of the result depends on the capacity. Raises `InvalidInput`.
     """
     shelves = (key_codes, key_scale, key_zero, value_codes, value_scale, value_zero)
     _check("packed_decode", k, v, shelves, (key_tail, value_tail), (k_bits, v_bits), group, residual)
