@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from interpreter import CUDA, DEVICE, direct, interpreted
-from qkv.core.attend import attend, causal_mask
+from qkv.core.attend import Attended, attend, causal_mask
 from qkv.core.errors import InvalidInput
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
 
 def test_kernels_are_checked_through_the_interpreter() -> None:
@@ -53,9 +54,173 @@ def test_outputs_lse_and_masses(shape: tuple[int, ...], causal: bool, heads: str
     torch.testing.assert_close(mass.double(), want.mass, rtol=1e-5, atol=2e-5)
 
 
+PLACES = [(2, 4, 2, 9, 80, 16), (1, 2, 1, 70, 100, 24), (2, 2, 2, 1, 40, 40)]
+
+
+def placed(shape: tuple[int, ...], order: str) -> tuple[torch.Tensor, ...]:
+    """Probes of a prompt as memories take them, half drawn and half the newest, their keys and their places."""
+    b, _, _, p, m, d = shape
+    q, k, _ = drawn((*shape[:5], d, d))
+    draw = torch.Generator().manual_seed(p + m)
+    newest = p // 2
+    at = torch.cat(
+        (torch.randperm(m - newest, generator=draw)[: p - newest].sort().values, torch.arange(m - newest, m))
+    )
+    if order != "ascending":
+        at = at[torch.randperm(p, generator=draw)]
+    if order == "by row":
+        at = torch.stack([at.roll(i) for i in range(b)])
+        at[0, 0], at[-1, -1] = -1, m + 7  # sees nothing, and everything
+    return q, k, at.to(DEVICE)
+
+
+def paid(q: torch.Tensor, k: torch.Tensor, at: torch.Tensor, keys: torch.Tensor | None = None) -> Attended:
+    """Lse and masses of probes in float64, from a mask of who sees what."""
+    seen = torch.arange(k.shape[2], device=k.device) <= at.view(-1, 1, q.shape[2], 1)
+    seen = seen.expand(len(q), -1, -1, -1) if keys is None else seen & keys[:, None, None]
+    return attend(q.double(), k.double(), k.double(), mask=seen, scale=0.3, mass=True)
+
+
+@direct
+@pytest.mark.parametrize("shape", PLACES, ids=str)
+@pytest.mark.parametrize(("order", "padded"), [("ascending", False), ("any", True), ("by row", False)])
+def test_probes_at_places_of_their_own(shape: tuple[int, ...], order: str, padded: bool) -> None:
+    from qkv.kernels.flash import probe_lse, probe_masses
+
+    q, k, at = placed(shape, order)
+    b, m = len(q), k.shape[2]
+    keys = torch.arange(m, device=DEVICE) >= torch.tensor([17, 0], device=DEVICE)[:b, None] if padded else None
+    want = paid(q, k, at, keys)
+    assert want.mass is not None
+    for splits in (1, 3):
+        lse = probe_lse(q, k, at, mask=keys, scale=0.3, splits=splits)
+        torch.testing.assert_close(lse.double(), want.lse, rtol=0, atol=2e-5)
+    mass = probe_masses(q, k, at, mask=keys, scale=0.3)
+    torch.testing.assert_close(mass.double(), want.mass, rtol=1e-5, atol=2e-5)
+    more = torch.nan_to_num(want.lse, neginf=0.0) + 0.7  # they saw more than these keys
+    mass = probe_masses(q, k, at, mask=keys, scale=0.3, lse=more)
+    torch.testing.assert_close(mass.double(), want.mass * torch.tensor(-0.7).exp(), rtol=1e-5, atol=2e-5)
+
+
+@direct
+def test_probes_at_the_end_are_a_block_of_queries() -> None:
+    from qkv.kernels.flash import column_masses, probe_lse, probe_masses
+
+    q, k, _ = placed(PLACES[0], "ascending")
+    m = k.shape[2]
+    newest = torch.arange(m - q.shape[2], m, device=DEVICE)
+    lse = probe_lse(q, k, newest, scale=0.3)
+    got = probe_masses(q, k, newest, scale=0.3, lse=lse)
+    torch.testing.assert_close(got, column_masses(q, k, lse, causal=True, scale=0.3), rtol=1e-5, atol=1e-5)
+    everything = attend(q.double(), k.double(), k.double(), scale=0.3).lse
+    torch.testing.assert_close(probe_lse(q, k, None, scale=0.3).double(), everything, rtol=0, atol=2e-5)
+
+
+@direct
+def test_the_check_of_places_tells_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places off by one or taken for the newest, and a kernel that takes them to ascend, each lose the masses."""
+    from qkv.kernels import flash
+
+    q, k, at = placed(PLACES[1], "any")
+    want, m = paid(q, k, at).mass, k.shape[2]
+    assert want is not None
+
+    def right(at: torch.Tensor) -> bool:
+        return torch.allclose(flash.probe_masses(q, k, at, scale=0.3).double(), want, rtol=1e-5, atol=2e-5)
+
+    assert right(at)
+    assert not right(at - 1) and not right(torch.arange(m - len(at), m, device=DEVICE))
+    if not CUDA:  # a compiled kernel has its own copy of what it calls
+        monkeypatch.setattr(flash, "_behind", _where_places_ascend)
+        assert not right(at)
+
+
+@triton.jit
+def _where_places_ascend(at_ptr, first, last, N, SCAN: tl.constexpr):
+    """A wrong `_behind`: it counts the places that come before a key, in whatever order they lie."""
+    begin, later = 0, 0
+    for i in range(0, N, SCAN):
+        rows = i + tl.arange(0, SCAN)
+        at = tl.load(at_ptr + rows, mask=rows < N, other=1 << 30)
+        begin += tl.sum((at < first).to(tl.int32), 0)
+        later += tl.sum((at < last).to(tl.int32), 0)
+    return begin, later
+
+
+@direct
+@pytest.mark.parametrize("pieces", [(12, 9, 1, 7), (5, 16)], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "zipcache:probe_ratio=0.5",
+        "zipvl:probes=[3,3]",
+        "zipvl:probes=[3,3],dense_queries=true",
+        "evict-pack:budget=5,policy=h2o",
+    ],
+)
+def test_prompts_of_mixed_blocks_by_kernels(
+    setting: str, pieces: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probes and stored tokens as on CUDA, in a padded batch, against the same memory in torch: outputs and what is stored."""
+    import qkv
+    from qkv.caches import _saliency
+    from qkv.caches._stores import mixed
+    from qkv.core.cache import Geometry, Step
+
+    b, h, g, d, n = 2, 2, 1, 16, sum(pieces)
+    draw = torch.Generator().manual_seed(n)
+    q, k, v = (torch.randn(b, heads, n, d, generator=draw) for heads in (h, g, g))
+    real = torch.arange(n) >= torch.tensor([0, 4])[:, None]
+    position = (real.cumsum(-1) - 1).masked_fill(~real, -1).int()
+    asked = []
+
+    def run(device: str) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        layer, outs = qkv.method(f"{setting},regroup_every=5").layer(Geometry(h, g, d, d)), []
+        for size in pieces:
+            at = slice(layer.seen, layer.seen + size)
+            step = Step(position[:, at].to(device), d**-0.5, real[:, : at.stop].to(device))
+            outs.append(layer.attend(*(x[:, :, at].to(device) for x in (q, k, v)), step))
+        held = [x for row in range(b) for x in layer.read([row])]
+        return torch.cat(outs, 2).cpu().masked_fill(~real[:, None, :, None], 0), held, layer.positions()
+
+    want = run("cpu")
+    monkeypatch.setattr(_saliency, "in_kernels", lambda q, keys: asked.append(1) is None)
+    monkeypatch.setattr(mixed, "in_kernels", _saliency.in_kernels)
+    monkeypatch.setattr(mixed, "on_kernels", lambda q, k, v, mask=None: q.shape[2] > 1)
+    got = run(DEVICE)
+    assert asked, "no probe went to a kernel"
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=2e-5)
+    assert torch.equal(got[2].cpu(), want[2])
+    for x, y in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device: elsewhere probes are judged in torch")
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(2, 8, 2, 100, 1500, 128), (1, 6, 3, 333, 700, 64), (1, 4, 4, 17, 300, 96)], ids=str)
+def test_probes_on_a_device(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Masses of probes by `probe_mass` as memories ask for them: sums in float32, at most a rounding of products apart."""
+    from qkv.caches import _saliency
+
+    q, k, at = placed(shape, "ascending")
+    q, k = q.to(dtype), k.to(dtype)
+    assert _saliency.in_kernels(q, k) and not _saliency.in_kernels(q.double(), k.double())
+    want = paid(q, k, at)
+    lse = _saliency.probe_lse(q, k, at, scale=0.3)
+    torch.testing.assert_close(lse.double(), want.lse, rtol=0, atol=5e-5)
+    assert want.mass is not None
+    for known in (None, lse):
+        mass = _saliency.probe_mass(q, k, at, scale=0.3, lse=known)
+        assert mass.dtype == torch.float32
+        assert (mass.double() - want.mass).norm() < 1e-5 * want.mass.norm()
+    off = _saliency.probe_mass(q, k, at - 1, scale=0.3)
+    assert (off.double() - want.mass).norm() > 1e-3 * want.mass.norm()
+
+
 @direct
 def test_what_does_not_fit_is_refused() -> None:
-    from qkv.kernels.flash import column_masses, flash_attention
+    from qkv.kernels.flash import column_masses, flash_attention, probe_masses
 
     q, k, v = drawn((1, 2, 2, 8, 8, 16, 16))
     full = causal_mask(8, 8, q.device)[None, None]
@@ -69,6 +234,16 @@ def test_what_does_not_fit_is_refused() -> None:
             flash_attention(*arguments, scale=1.0, **more)
     with pytest.raises(InvalidInput, match="rows"):
         column_masses(q, k, q[..., 0], scale=1.0, rows=torch.ones(1, 3, dtype=torch.bool))
+    at = torch.arange(8, device=q.device)
+    for what, said in (
+        ({"at": at[:3]}, r"integers \[P\] or \[1\|B, P\]"),
+        ({"at": at.float()}, "integers"),
+        ({"at": at, "mask": full}, r"bool mask of keys \[1\|B, M\]"),
+        ({"at": at, "lse": q[..., 0, 0]}, r"lse \[B, H, P\]"),
+        ({"at": at, "q": q.double(), "k": k.double()}, "one of bfloat16"),
+    ):
+        with pytest.raises(InvalidInput, match=said):
+            probe_masses(**{"q": q, "k": k, "scale": 1.0} | what)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device: elsewhere attend takes the plain form")

@@ -3,7 +3,7 @@ r"""How much attention each token draws from a few probe queries, without a map 
     A = softmax(scale q_P K^T, causal),   mass_m = sum_{p in P} A[p, m],   score_m = mass_m / #{p in P : p >= m}
 
 Early tokens are seen by more probes than late ones, so their mass is larger for no merit of their own: the score divides by
-the number of probes that could see the token.
+the number of probes that could see the token. On CUDA, up to float32 and without gradients, kernels take the place of the map.
 
 Axes: B batch, H query heads, G key/value heads, P probe rows, N tokens, D head width.
 """
@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkv.core.attend import CHUNK_ELEMENTS, check_qkv
+from qkv.core.attend import CHUNK_ELEMENTS, WIDEST, attend, check_qkv
 from qkv.core.errors import InvalidInput
+from qkv.core.kernel import kernel, served
 
 
 def probe_rows(start: int, stop: int, recent: int, others: int, seed: int) -> list[int]:
@@ -25,12 +26,31 @@ def probe_rows(start: int, stop: int, recent: int, others: int, seed: int) -> li
     return [start + i for i in picked] + list(range(cut, stop))
 
 
+def in_kernels(q: Tensor, keys: Tensor) -> bool:
+    """Whether kernels compute the lse and masses of these probes."""
+    if not (served(q) and served(keys)) or q.dtype != keys.dtype:
+        return False
+    return q.shape[3] <= WIDEST and not torch.compiler.is_compiling()
+
+
+def probe_lse(q: Tensor, keys: Tensor, at: Tensor, *, scale: float) -> Tensor:
+    """Log-sum-exp of the probes over what they see of the keys: ``[B, H, P]``, at least float32. Arguments as `probe_mass`."""
+    if in_kernels(q, keys):
+        return kernel("flash:probe_lse")(q, keys, at, scale=scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    mask = (torch.arange(keys.shape[2], device=at.device) <= at[:, None])[None, None]
+    keys = keys.to(wide)
+    return attend(q.to(wide), keys, keys[..., :1], mask=mask, scale=scale).lse
+
+
 def probe_mass(q: Tensor, keys: Tensor, at: Tensor, *, scale: float, lse: Tensor | None = None) -> Tensor:
     """Attention that each key draws from the probes in all: ``[B, H, N]``, at least float32.
 
     q: probe queries ``[B, H, P, D]``; keys ``[B, G, N, D]``; at: ``[P]`` place of each probe among the keys (it sees itself and
     what lies before). lse: ``[B, H, P]`` where the probes saw more than these keys, None where these are all.
     """
+    if in_kernels(q, keys):
+        return kernel("flash:probe_masses")(q, keys, at, scale=scale, lse=lse)
     b, h, p, d = q.shape
     g, n = keys.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -50,7 +70,10 @@ def probe_mass(q: Tensor, keys: Tensor, at: Tensor, *, scale: float, lse: Tensor
 
 def seen_by(at: Tensor, tokens: int) -> Tensor:
     """How many of the probes at the places `at` ``[P]`` can see each of `tokens` tokens, at least 1: ``[N]``."""
-    return (at[:, None] >= torch.arange(tokens, device=at.device)).sum(0).clamp(min=1)
+    before = torch.searchsorted(
+        at.sort().values, torch.arange(tokens, device=at.device)
+    )  # probes that come before a token
+    return (at.shape[0] - before).clamp(min=1)
 
 
 def normalized_saliency(

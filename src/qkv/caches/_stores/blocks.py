@@ -185,6 +185,22 @@ class Blocks:
         order = torch.cat(places, 2).argsort(-1).unsqueeze(-1)
         return tuple(x.gather(2, order.expand(-1, -1, -1, x.shape[3])) for x in (all_keys, all_values))  # type: ignore[return-value]
 
+    def unordered(self, rows: list[int], like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What rows that hold equally many tokens hold, plain, in no order: keys ``[R, G, S, D]``, values ``[R, G, S, E]``."""
+        widths = (like[0].shape[3], like[1].shape[3])
+        stacks = [stack for stack in self.stacks if any(row in stack.rows for row in rows)]
+        if len(rows) > 1 and not all(stack.rows == stacks[0].rows and set(rows) <= set(stack.rows) for stack in stacks):
+            each = [self.unordered([row], like) for row in rows]
+            return torch.cat([x[0] for x in each]), torch.cat([x[1] for x in each])
+        held: tuple[list[Tensor], list[Tensor]] = [], []
+        for stack in stacks:
+            theirs = span([stack.rows.index(row) for row in rows])
+            for part in stack.parts:
+                both = part.plain(theirs, len(stack.starts), widths, stack.channel, like[0].dtype)
+                for side, x, y in zip(held, both, like, strict=True):
+                    side.append(x.flatten(2, 3).to(y.dtype))
+        return torch.cat(held[0], 2), torch.cat(held[1], 2)
+
     def positions(self, row: int, heads: int) -> Tensor | None:
         """``[G, S]`` of what a row holds, in order; None: nothing."""
         places = [

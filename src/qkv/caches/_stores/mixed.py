@@ -10,8 +10,9 @@ Padding is never stored, and rows are served in groups that hold the same number
 else is in the batch; attention to stored tokens does not ask for their order. Plain tensors, by position, exist only for another
 `Step.compute`.
 
-On CUDA a single token reads the packed words by the kernel of `qkv.kernels.mixed`. Between two blocks nothing changes shape or
-place: those steps can be captured, and the one that makes a block runs as it is.
+On CUDA a single token reads the packed words by the kernel of `qkv.kernels.mixed`; several in half precision, and the probes
+among them, attend to what is stored as plain tensors, made once a call. Between two blocks nothing changes shape or place: those
+steps can be captured, and the one that makes a block runs as it is.
 
 Axes: B batch, R rows of a group, H query heads, G key/value heads, W waiting and new tokens, N new tokens, P probes, D head
 width, E value width.
@@ -25,11 +26,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from qkv.caches._saliency import seen_by
+from qkv.caches._saliency import in_kernels, probe_lse, seen_by
 from qkv.caches._stores.blocks import Blocks, span
 from qkv.caches._stores.dense import grown, rearranged, resized
 from qkv.caches._stores.parts import Stack
-from qkv.caches._stores.probes import Probes
+from qkv.caches._stores.probes import Probes, on_device
 from qkv.caches._stores.recording import Recording
 from qkv.caches._stores.splits import Block, Splits
 from qkv.core.attend import attend, on_kernels, sdpa
@@ -39,6 +40,9 @@ from qkv.core.kernel import kernel, served
 from qkv.core.merge import merge
 
 __all__ = ["Block", "MixedCache", "Splits"]
+
+Past = tuple[Tensor, Tensor]
+"""What rows hold in blocks as plain keys ``[R, G, S, D]`` and values ``[R, G, S, E]``."""
 
 
 @final
@@ -110,9 +114,10 @@ class MixedCache(Recording):
             real = step.position >= 0
             counts = real.sum(-1).tolist()
             order = (~real).to(torch.int8).argsort(dim=-1, stable=True)  # [B, N], real tokens first
+        plainly = step.compute is not None or on_kernels(q, k, v)  # plain tensors need rows of one length
         alike: dict[tuple[int, int, int], list[int]] = {}
         for row, (waiting, count, stored) in enumerate(zip(self.waiting, counts, self.stored, strict=True)):
-            held = int(stored > 0) if step.compute is None else stored  # plain tensors need rows of one length
+            held = stored if plainly else int(stored > 0)
             alike.setdefault((waiting, count, held), []).append(row)
         self.seen += n
         if len(alike) == 1 and counts[0] == n:
@@ -139,15 +144,16 @@ class MixedCache(Recording):
         own_k, own_v = self._own(rows, m, k, v)
         full = m + n >= self.every
         new = self.probes.new(m, n, full)
-        lse = self._lse(rows, q, own_k, new, scale) if new and n > 1 else None
+        past = self._past(rows, q, own_k, own_v, compute)
+        lse = self._lse(rows, q, own_k, new, scale, past) if new and n > 1 else None
         picked = None
         if full and n > 1 and self.sparse is not None:
             picked = self._split(rows, q, own_k, own_v, new, lse, scale)
-            out = self._sparse(rows, q, own_k, own_v, picked[0], scale, compute)
+            out = self._sparse(rows, q, own_k, own_v, picked[0], scale, compute, past)
         else:
-            out, every = self._attention(rows, q, own_k, own_v, None, scale, compute)
+            out, every = self._attention(rows, q, own_k, own_v, None, scale, compute, past)
             if new and n == 1:
-                lse = every if every is not None else self._lse(rows, q, own_k, new, scale)
+                lse = every if every is not None else self._lse(rows, q, own_k, new, scale, past)
         if full:
             flags, counts = self._split(rows, q, own_k, own_v, new, lse, scale) if picked is None else picked
             self._shelve(rows, own_k.detach(), own_v.detach(), flags, counts)
@@ -169,6 +175,15 @@ class MixedCache(Recording):
     def _history(self, rows: list[int]) -> bool:
         return self.stored[rows[0]] > 0
 
+    def _past(self, rows: list[int], q: Tensor, k: Tensor, v: Tensor, compute: Compute | None) -> Past | None:
+        """What is stored as plain tensors where attention reads it so: by position for `compute`, in any order for kernels."""
+        if not self._history(rows) or not (compute is not None or on_kernels(q, k, v)):
+            return None
+        if compute is not None:
+            return self.read(rows)
+        assert self.keys is not None and self.values is not None
+        return self.blocks.unordered(rows, (self.keys, self.values))
+
     def _attention(
         self,
         rows: list[int],
@@ -178,15 +193,20 @@ class MixedCache(Recording):
         mask: Tensor | None,
         scale: float,
         compute: Compute | None,
+        past: Past | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention to plain tokens and to what is stored, and its lse where it is at hand; mask None: causal."""
-        if compute is not None or not self._history(rows) or on_kernels(q, k, v, mask):
-            if self._history(rows):
-                keys, values = self.read(rows)
+        """Attention to plain tokens and to what is stored, and its lse where it is at hand.
+
+        mask None: causal; a mask of keys ``[R, 1, 1, W]``: causal as well. past: what is stored, where that was read.
+        """
+        causal = mask is None or (mask.shape[2] == 1 < q.shape[2])
+        if past is not None or not self._history(rows):
+            if past is not None:
+                keys, values = past
                 if mask is not None:
                     mask = torch.nn.functional.pad(mask, (keys.shape[2], 0), value=True)
                 k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)
-            return (compute or sdpa)(q, k, v, mask=mask, causal=mask is None, scale=scale), None
+            return (compute or sdpa)(q, k, v, mask=mask, causal=causal, scale=scale), None
         single = q.shape[2] == 1 and mask is None
         if single and served(q):
             length = torch.full((1,), k.shape[2], dtype=torch.int32, device=q.device)
@@ -195,7 +215,7 @@ class MixedCache(Recording):
             out, lse = self.blocks.attend_one(rows, q, k, v, scale)
         else:
             wide = torch.promote_types(q.dtype, torch.float32)
-            own = attend(q.to(wide), k.to(wide), v.to(wide), mask=mask, causal=mask is None, scale=scale)
+            own = attend(q.to(wide), k.to(wide), v.to(wide), mask=mask, causal=causal, scale=scale)
             out, lse = merge((own.out, own.lse), self.blocks.attend(rows, q, v.shape[3], scale))
         return out.to(v.dtype), lse
 
@@ -208,17 +228,23 @@ class MixedCache(Recording):
         flags: Tensor,
         scale: float,
         compute: Compute | None,
+        past: Past | None,
     ) -> Tensor:
         """Attention among the tokens of the split (and to what is stored); the other queries get 0, or read the same keys."""
         n, total = q.shape[2], own_k.shape[2]
+        if self.sparse == "keys" and compute is None and on_kernels(q, own_k, own_v):
+            return self._attention(rows, q, own_k, own_v, flags[:, :, None], scale, compute, past)[0]
         out = q.new_zeros(*q.shape[:3], own_v.shape[3])
         for i, row in enumerate(rows):
             at = flags[i, 0].nonzero().squeeze(-1)  # places of the keys read
             ask = at[at >= total - n] if self.sparse == "tokens" else torch.arange(total - n, total, device=q.device)
             one = slice(i, i + 1)
             x, keys, values = q[one, :, ask - (total - n)], own_k[one][:, :, at], own_v[one][:, :, at]
-            mask = None if len(at) == len(ask) else (at <= ask[:, None])[None, None]
-            done, _ = self._attention([row], x, keys, values, mask, scale, compute)
+            mask = (
+                None if self.sparse == "tokens" else (at <= ask[:, None])[None, None]
+            )  # the tokens asked are the last ones
+            held = None if past is None else (past[0][one], past[1][one])
+            done, _ = self._attention([row], x, keys, values, mask, scale, compute, held)
             if self.sparse == "tokens":
                 out[i, :, ask - (total - n)] = done[0].to(out.dtype)
             else:
@@ -227,19 +253,22 @@ class MixedCache(Recording):
 
     # -- splitting and storing --------------------------------------------------------------------------------------
 
-    def _lse(self, rows: list[int], q: Tensor, own_k: Tensor, new: list[int], scale: float) -> Tensor | None:
+    def _lse(
+        self, rows: list[int], q: Tensor, own_k: Tensor, new: list[int], scale: float, past: Past | None
+    ) -> Tensor | None:
         """The lse ``[R, H, P]`` of the new probes over everything they see; None: nothing is stored, so it need not be known."""
         if not self._history(rows):
             return None
         assert self.values is not None
         n, total = q.shape[2], own_k.shape[2]
-        at = torch.tensor(new, device=q.device)
+        at = on_device(new, q.device)
         x = q.detach()[:, :, at - (total - n)]
-        wide = torch.promote_types(q.dtype, torch.float32)
-        mask = (torch.arange(total, device=q.device) <= at[:, None])[None, None]
-        keys = own_k.detach().to(wide)
-        own = attend(x.to(wide), keys, keys[..., :1], mask=mask, scale=scale)
-        return torch.logaddexp(own.lse, self.blocks.attend(rows, x, self.values.shape[3], scale)[1])
+        own = probe_lse(x, own_k.detach(), at, scale=scale)
+        if past is not None and in_kernels(x, past[0].detach()):
+            held = kernel("flash:probe_lse")(x, past[0].detach(), None, scale=scale)
+        else:
+            held = self.blocks.attend(rows, x, self.values.shape[3], scale)[1]
+        return torch.logaddexp(own, held)
 
     def _split(
         self,

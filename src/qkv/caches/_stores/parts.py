@@ -84,15 +84,26 @@ class Part:
         held = (self.key_scale, self.key_zero, self.value_scale, self.value_zero)
         return [None if x is None else x[rows, :, :blocks] for x in held]
 
-    def plain(self, rows: slice, blocks: int, widths: tuple[int, int], channel: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys ``[R, G, K, count, D]`` and values ``[R, G, K, count, E]``, dequantised in float64; channel of the stack."""
+    def plain(
+        self,
+        rows: slice | list[int],
+        blocks: int,
+        widths: tuple[int, int],
+        channel: Tensor | None,
+        dtype: torch.dtype = torch.float64,
+    ) -> tuple[Tensor, Tensor]:
+        """Keys ``[R, G, K, count, D]`` and values ``[R, G, K, count, E]``; channel of the stack.
+
+        dtype: what they are wanted in; they are dequantised in float32 where that is half of it, else in float64.
+        """
         assert self.keys is not None and self.values is not None
         keys, values = self.keys[rows, :, :blocks], self.values[rows, :, :blocks]
         if self.bits == 16:
             return keys, values
         assert channel is not None
         ranges = (*self.ranges(rows, blocks), channel[rows, :, :blocks])
-        s, z, step, low, c = (y.double() for y in ranges if y is not None)
+        wide = torch.float32 if dtype.itemsize == 2 else torch.float64
+        s, z, step, low, c = (y.to(wide) for y in ranges if y is not None)
         k = unpack_bits(keys, self.bits, widths[0]) * s.unsqueeze(3) + z.unsqueeze(3)
         v = unpack_bits(values, self.bits, widths[1]) * step.unsqueeze(-1) + low.unsqueeze(-1)
         return k, v * c.unsqueeze(3)

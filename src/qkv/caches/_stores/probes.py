@@ -16,6 +16,12 @@ from qkv.caches._stores.blocks import span
 from qkv.caches._stores.dense import grown, resized
 
 
+def on_device(places: list[int], device: torch.device) -> Tensor:
+    """Places as int64 on the device, which the host does not wait for."""
+    x = torch.tensor(places, dtype=torch.int64)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class Probes:
     """Probes among at most `every` waiting tokens.
 
@@ -55,7 +61,7 @@ class Probes:
             size = min(len(self.plan) + 1, grown(0, part.stop))
             self.query, self.lse = (resized(x, size, x.shape[2]) for x in (self.query, self.lse))
         q = q.detach()
-        self.query[at, :, part] = q if q.shape[2] == 1 else q[:, :, torch.tensor(new, device=q.device) - m]
+        self.query[at, :, part] = q if q.shape[2] == 1 else q[:, :, on_device(new, q.device) - m]
         if lse is not None:
             self.lse[at, :, part] = lse.detach()
 
@@ -64,7 +70,7 @@ class Probes:
     ) -> tuple[Tensor, Tensor]:
         """Attention ``[R, H, W]`` that all probes paid the keys ``[R, G, W, D]``, and their places; q: the new queries."""
         old = self.plan[: bisect_left(self.plan, m)]
-        at = torch.tensor(old + new, dtype=torch.int64, device=q.device)
+        at = on_device(old + new, q.device)
         x = q[:, :, at[len(old) :] - m]
         if old:
             assert self.query is not None and self.lse is not None
