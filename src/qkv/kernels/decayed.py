@@ -43,7 +43,8 @@ Z the width it writes.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -668,36 +669,53 @@ def _segments(fill: int, programs: int, chunks: int, device: torch.device) -> tu
     return _ceil(chunks, per), per
 
 
+class _Launch(NamedTuple):
+    """One launch of a pass over `parts` stretches of `per` chunks each."""
+
+    parts: int
+    per: int
+    grid: tuple[int, int, int]
+    start: Tensor
+    end: Tensor
+    rate: Tensor
+    flags: dict[str, Any]
+
+
 def _in_segments(
-    launch: Any, state: Tensor | None, like: Tensor, sizes: tuple[int, int, int, int], wide: tuple[int, int],
-    made: dict[str, int],
+    launch: Callable[[_Launch], None], state: Tensor | None, blank: Tensor, sizes: tuple[int, int, int, int],
+    wide: tuple[int, int], made: dict[str, int], dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """A pass over (pairs, chunks, K, Z) in segments: their states first, where there are several, and then every one from its
     own.
 
-    ``launch(parts, per, grid, tile, start, end, rate, ends)``; wide: (K, Z) of the rates, 1 where all channels share one.
+    blank: where the pass leaves its last state, and what stands for tensors that a launch has no use for; wide: (K, Z) of the
+    rates, 1 where all channels share one; dtype: of the operands.
     """
     pairs, chunks, kw, zw = sizes
     tile = min(_wide(zw), made["tile"])
     tiles = _ceil(zw, tile)
-    segments, per = _segments(made["fill"], tiles * pairs, chunks, like.device)
-    if segments == 1:
-        launch(1, per, (tiles, pairs, 1), tile, state, None, None, False)
-        return
-    split = made.get("split", 1)
-    split = split if per % split == 0 else 1
-    parts = (segments - 1) * split  # nothing starts from the end of the last
-    fresh = {"device": like.device, "dtype": torch.float32}
-    ends, starts = torch.empty(pairs, parts, kw, zw, **fresh), torch.empty(pairs, segments, kw, zw, **fresh)
-    rates = torch.empty(pairs, parts, *wide, **fresh)
-    launch(parts, per // split, (tiles, pairs, parts), tile, None, ends, rates, True)
-    size = 1024
-    _settle[(_ceil(kw * zw, size), pairs)](
-        ends, rates, state if state is not None else ends, starts, kw, zw, parts, split, parts * wide[0] * wide[1],
-        wide[0] * wide[1], wide[1] if wide[0] > 1 else 0, 1 if wide[1] > 1 else 0,
-        START=state is not None, SIZE=size, num_warps=4,
-    )  # fmt: skip
-    launch(segments, per, (tiles, pairs, segments), tile, starts, None, None, False)
+    dot, precision = _arithmetic(dtype)
+    how: dict[str, Any] = {
+        "DT": dot, "PRECISION": precision, "C": CHUNK, "K": _wide(kw), "Z": tile, "num_warps": made["warps"],
+        "num_stages": made["stages"],
+    }  # fmt: skip
+    segments, per = _segments(made["fill"], tiles * pairs, chunks, blank.device)
+    start = state
+    if segments > 1:
+        split = made.get("split", 1)
+        split = split if per % split == 0 else 1
+        parts = (segments - 1) * split  # nothing starts from the end of the last
+        ends, rates = blank.new_empty(pairs, parts, kw, zw), blank.new_empty(pairs, parts, *wide)
+        alone = {"START": False, "ENDS": True} | how
+        launch(_Launch(parts, per // split, (tiles, pairs, parts), blank, ends, rates, alone))
+        start, size = blank.new_empty(pairs, segments, kw, zw), 1024
+        _settle[(_ceil(kw * zw, size), pairs)](
+            ends, rates, state if state is not None else ends, start, kw, zw, parts, split, parts * wide[0] * wide[1],
+            wide[0] * wide[1], wide[1] if wide[0] > 1 else 0, 1 if wide[1] > 1 else 0,
+            START=state is not None, SIZE=size, num_warps=4,
+        )  # fmt: skip
+    flags = {"START": start is not None, "ENDS": False} | how
+    launch(_Launch(segments, per, (tiles, pairs, segments), blank if start is None else start, blank, blank, flags))
 
 
 def _run_scan(
@@ -710,38 +728,27 @@ def _run_scan(
     """
     b, n, kw, zw = x.shape[0], x.shape[2], x.shape[3], z.shape[3]
     name = "scan" if weigh is None else "weigh"
-    width, pairs, chunks = _wide(kw), b * heads, _ceil(n, CHUNK)
+    pairs, chunks = b * heads, _ceil(n, CHUNK)
     made = _scanning(name, x, kw, zw, pairs) if weigh is None else _settings(name, x.dtype, kw)
     tiles = _ceil(zw, min(_wide(zw), made["tile"]))
     fresh = {"device": x.device, "dtype": torch.float32}
     out, end = x.new_empty(b, heads, n, zw, dtype=dtype), torch.empty(b, heads, kw, zw, **fresh)
     sums = end if weigh is None else torch.empty(tiles, pairs, n, **fresh)
     carry = end if weigh is None or not back else torch.empty(tiles, pairs, chunks, **fresh)
-    dot, precision = _arithmetic(x.dtype)
     gate, w = g if g is not None else x, weigh if weigh is not None else x
     fade = gate.stride()[:3] if g is not None else (0, 0, 0)
     first = _shared(x, heads)
     strides = *first, *_shared(y, heads), *_shared(z, heads), *fade, *(first if weigh is None else _shared(w, heads))
 
-    def launch(
-        parts: int,
-        per: int,
-        grid: Any,
-        tile: int,
-        s: Tensor | None,
-        target: Tensor | None,
-        rate: Tensor | None,
-        ends: bool,
-    ) -> None:
-        _scan[grid](
-            x, y, z, gate, w, s if s is not None else end, out, sums, held if held is not None and not ends else end, carry,
-            target if target is not None else end, rate if rate is not None else end,
-            scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, pairs, parts, per, *strides,
-            DECAY=g is not None, BACK=back, WEIGH=weigh is not None and not ends, ENDS=ends, START=s is not None,
-            DT=dot, PRECISION=precision, C=CHUNK, K=width, Z=tile, num_warps=made["warps"], num_stages=made["stages"],
+    def launch(run: _Launch) -> None:
+        ends = run.flags["ENDS"]
+        _scan[run.grid](
+            x, y, z, gate, w, run.start, out, sums, held if held is not None and not ends else end, carry, run.end, run.rate,
+            scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, pairs, run.parts, run.per, *strides,
+            DECAY=g is not None, BACK=back, WEIGH=weigh is not None and not ends, **run.flags,
         )  # fmt: skip
 
-    _in_segments(launch, state, x, (pairs, chunks, kw, zw), (1, 1), made)
+    _in_segments(launch, state, end, (pairs, chunks, kw, zw), (1, 1), made, x.dtype)
     return out, end, sums, carry
 
 
@@ -759,29 +766,17 @@ def _run_sum(
     """`_scan_sum` over a sequence: out ``[B, H, N, Z]`` in `dtype` and the last state ``[B, H, K, Z]``."""
     b, heads, chunks, kw = last.shape
     n, zw, pairs = z.shape[2], z.shape[3], b * heads
-    width, made = _wide(kw), _scanning("sum", z, kw, zw, pairs)
-    fresh = {"device": z.device, "dtype": torch.float32}
-    out, end = z.new_empty(b, heads, n, zw, dtype=dtype), torch.empty(b, heads, kw, zw, **fresh)
-    dot, precision = _arithmetic(z.dtype)
+    made = _scanning("sum", z, kw, zw, pairs)
+    out = z.new_empty(b, heads, n, zw, dtype=dtype)
+    end = torch.empty(b, heads, kw, zw, device=z.device, dtype=torch.float32)
 
-    def launch(
-        parts: int,
-        per: int,
-        grid: Any,
-        tile: int,
-        s: Tensor | None,
-        target: Tensor | None,
-        rate: Tensor | None,
-        ends: bool,
-    ) -> None:
-        _scan_sum[grid](
-            x, y, z, last, chunk_map, s if s is not None else end, out, target if target is not None else end,
-            rate if rate is not None else end, heads, n, kw, zw, parts, per, *_shared(z, heads),
-            BACK=back, ENDS=ends, START=s is not None,
-            DT=dot, PRECISION=precision, C=CHUNK, K=width, Z=tile, num_warps=made["warps"], num_stages=made["stages"],
+    def launch(run: _Launch) -> None:
+        _scan_sum[run.grid](
+            x, y, z, last, chunk_map, run.start, out, run.end, run.rate, heads, n, kw, zw, run.parts, run.per,
+            *_shared(z, heads), BACK=back, **run.flags,
         )  # fmt: skip
 
-    _in_segments(launch, state, z, (pairs, chunks, kw, zw), (kw, 1), made)
+    _in_segments(launch, state, end, (pairs, chunks, kw, zw), (kw, 1), made, z.dtype)
     return out, end
 
 
@@ -791,31 +786,17 @@ def _run_each(
 ) -> Tensor:  # fmt: skip
     """`_scan_each` over a sequence: dq or (back) dk ``[B, H, N, Z]`` in `dtype`; `slope`, `held`, then `carry` are written."""
     b, n, kw, zw = x.shape[0], x.shape[2], x.shape[3], z.shape[3]
-    width, made = _wide(kw), _settings("each", x.dtype, kw)
-    pairs, chunks = b * heads, _ceil(n, CHUNK)
+    made, pairs, chunks = _settings("each", x.dtype, kw), b * heads, _ceil(n, CHUNK)
     out = x.new_empty(b, heads, n, zw, dtype=dtype)
-    dot, precision = _arithmetic(x.dtype)
 
-    def launch(
-        parts: int,
-        per: int,
-        grid: Any,
-        tile: int,
-        s: Tensor | None,
-        target: Tensor | None,
-        rate: Tensor | None,
-        ends: bool,
-    ) -> None:
-        _scan_each[grid](
-            x, y, z, weigh, total, owed, own, slope, s if s is not None else total, out, held, carry,
-            target if target is not None else total, rate if rate is not None else total,
-            scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, parts, per,
-            *_shared(x, heads), *_shared(y, heads), *_shared(z, heads), *_shared(weigh, heads),
-            BACK=back, ENDS=ends, START=s is not None,
-            DT=dot, PRECISION=precision, C=CHUNK, K=width, Z=tile, num_warps=made["warps"], num_stages=made["stages"],
+    def launch(run: _Launch) -> None:
+        _scan_each[run.grid](
+            x, y, z, weigh, total, owed, own, slope, run.start, out, held, carry, run.end, run.rate,
+            scale if back else 1.0, 1.0 if back else scale, heads, n, kw, zw, run.parts, run.per,
+            *_shared(x, heads), *_shared(y, heads), *_shared(z, heads), *_shared(weigh, heads), BACK=back, **run.flags,
         )  # fmt: skip
 
-    _in_segments(launch, state, x, (pairs, chunks, kw, zw), (1, zw), made)
+    _in_segments(launch, state, total, (pairs, chunks, kw, zw), (1, zw), made, x.dtype)
     return out
 
 
