@@ -47,7 +47,8 @@ def sweep(
         about |= {k: parts[0][k] for k in ("machine", "versions", "commit")}
 
     def found() -> dict[str, Any]:
-        return about | {"summary": summary(runs), "runs": runs, "left out": left, "failed": failed}
+        devices = list(dict.fromkeys(run["device"] for run in runs))
+        return about | {"devices": devices, "summary": summary(runs), "runs": runs, "left out": left, "failed": failed}
 
     for job, alike, run in todo:
         since = time.monotonic()
@@ -63,7 +64,7 @@ def sweep(
             print(failed[-1], flush=True)
             continue
         took[alike] = time.monotonic() - since
-        runs.append(job | row | {"seconds": took[alike]})
+        runs.append(job | row | {"seconds": took[alike], "device": device_name(about)})
         shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
         print(f"{since - begun:.0f} s  {', '.join(map(str, job.values()))}: {shown}", flush=True)
         write_json(out, found())
@@ -78,9 +79,17 @@ def _name(job: Mapping[str, Any]) -> str:
 
 
 def _part(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """An earlier file; its settings must be these, on the same sort of machine as the other parts."""
+    """An earlier file; its settings must be these. Its runs say on which device they were made."""
     part = read_json(path)
     differ = {k for k in {*settings, *part["settings"]} - {*FREE} if part["settings"].get(k) != settings.get(k)}
     if differ:
         raise SystemExit(f"{path} was made with other settings: {', '.join(sorted(differ))}")
+    for run in part["runs"]:
+        run.setdefault("device", device_name(part))
     return part
+
+
+def device_name(facts: Mapping[str, Any]) -> str:
+    """The GPU of a record, or its processor."""
+    machine = facts["machine"]
+    return machine["gpus"][0]["name"] if machine["gpus"] else machine["cpu"]

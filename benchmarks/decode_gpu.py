@@ -117,6 +117,9 @@ def main() -> None:
         "--plain", nargs="*", default=["1x8192"], help="shapes at which plain steps are run too, and compared"
     )
     parser.add_argument("--no-peers", action="store_true", help="leave transformers' own caches out")
+    parser.add_argument(
+        "--no-static", nargs="*", default=[], help="shapes whose static cache takes too long to compile and fill"
+    )
     a = parser.parse_args()
     torch.manual_seed(0)
     rows: list[dict] = []
@@ -130,7 +133,7 @@ def main() -> None:
         model = LlamaForCausalLM(config).bfloat16().eval()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     facts = environment(seed=0) | {"model": config.to_diff_dict(), "weight_bytes": weights, "kernel": kernel}
-    facts |= {"new": a.new, "plain": a.plain}
+    facts |= {"new": a.new, "plain": a.plain, "no-static": a.no_static}
 
     def keep() -> None:  # after every row: an interrupted run keeps what it measured
         write_json(a.out, facts | {"rows": [{k: v for k, v in r.items() if k != "_all"} for r in rows]})
@@ -170,7 +173,8 @@ def main() -> None:
     shapes = [tuple(map(int, x.split("x"))) for x in a.shapes]
     for b, n in shapes:
         if not a.no_peers:
-            row("transformers static, auto-compiled", b, n, settings={"cache_implementation": "static"})
+            if f"{b}x{n}" not in a.no_static:
+                row("transformers static, auto-compiled", b, n, settings={"cache_implementation": "static"})
             row("transformers dynamic", b, n)
         for method in methods:
             row(f"{method} graph", b, n, method=method, graph=True)

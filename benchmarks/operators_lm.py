@@ -45,7 +45,7 @@ SPEEDS: dict[str, Callable[[list[Any]], Any]] = {
     "decode ms per token": min,
     "ms per step": min,
 }
-"""Of several seeds the fastest counts: others may have run beside them."""
+"""Of several seeds on the device of the first the fastest counts: others may have run beside them."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
             if isinstance(first, bool):
                 row[key] = all(values)
             elif key in SPEEDS:
-                row[key] = SPEEDS[key](values)
+                row[key] = SPEEDS[key]([r[key] for r in rows if key in r and r.get("device") == rows[0].get("device")])
             elif isinstance(first, float):
                 row[key] = statistics.fmean(values)
                 if len(values) > 1 and key in ("loss", "loss at 4 x length", "accuracy"):

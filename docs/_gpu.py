@@ -94,23 +94,23 @@ def sections(folder: Path, wanted: Sequence[Section]) -> list[str]:
 
 
 def _plain_command(file: str) -> str:
-    script, more = {"linear_checks": ("linear_gpu", " --part checks"), "decode_gpu_8k": ("decode_gpu", "")}.get(
-        file, (file, "")
-    )
+    if file.startswith("decode_gpu_"):
+        script, more = "decode_gpu", ""
+    else:
+        script, more = ("linear_gpu", " --part checks") if file == "linear_checks" else (file, "")
     return f"python benchmarks/{script}.py --out benchmarks/results/{file}.json{more}"
 
 
 def _command(file: str, data: Row) -> str:
     """What makes such a file again, with the settings that can be read off its rows."""
     more = ""
-    if file in ("decode_gpu", "decode_gpu_8k"):
+    if file.startswith("decode_gpu"):
         rows = [r for r in data["rows"] if "batch" in r]
         more = " --shapes " + " ".join(dict.fromkeys(f"{r['batch']}x{r['context']}" for r in rows))
         if data["model"]["num_hidden_layers"] != 8:
             more += f" --layers {data['model']['num_hidden_layers']}"
-        more += "".join(
-            f" --{k} {v}" for k, v in (("new", data.get("new")), ("plain", " ".join(data.get("plain", ())))) if v
-        )
+        more += f" --new {data['new']}" if data.get("new") else ""
+        more += "".join(f" --{k} {' '.join(data[k])}" for k in ("plain", "no-static") if data.get(k))
         methods = [r["what"].removesuffix(" graph") for r in rows if r["what"].endswith(" graph")]
         more += "".join(f" -m {m}" for m in dict.fromkeys(methods) if m != "full")
     if file == "prefill_gpu":
@@ -531,6 +531,12 @@ SECTIONS: tuple[Section, ...] = (
         "decode_gpu_8k",
         "A whole model decoding one row",
         "The same with one row of 8192 tokens, where the weights are most of what is read, with the plain steps beside.",
+        _decode,
+    ),
+    (
+        "decode_gpu_long",
+        "A whole model decoding: other batches and lengths",
+        "The same on a GPU of another kind. Other work ran on the host, on cores and a GPU of its own.",
         _decode,
     ),
     (

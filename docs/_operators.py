@@ -117,7 +117,8 @@ def _command(data: dict[str, Any], file: str) -> list[str]:
     given = "".join(
         f" --{k.replace('_', '-')} {settings[k]}" for k in ("seeds", "steps", "recall_steps") if k in settings
     )
-    chip = ", ".join(g["name"] for g in data["machine"]["gpus"]) or data["machine"]["cpu"]
+    own = ", ".join(g["name"] for g in data["machine"]["gpus"]) or data["machine"]["cpu"]
+    chip = " and ".join(data.get("devices") or [own])
     return [
         *shell(data.get("command") or f"python benchmarks/{file}.py --out benchmarks/results/{file}.json{given}"),
         f"{chip}, torch {data['versions']['torch']}, seeds finished: {', '.join(map(str, seeds)) or 'none'} (the first is "
