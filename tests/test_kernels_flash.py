@@ -164,7 +164,7 @@ def test_prompts_of_mixed_blocks_by_kernels(
     """Probes and stored tokens as on CUDA, in a padded batch, against the same memory in torch: outputs and what is stored."""
     import qkv
     from qkv.caches import _saliency
-    from qkv.caches._stores import mixed
+    from qkv.caches._stores import mixed, parts
     from qkv.core.cache import Geometry, Step
 
     b, h, g, d, n = 2, 2, 1, 16, sum(pieces)
@@ -186,6 +186,7 @@ def test_prompts_of_mixed_blocks_by_kernels(
     want = run("cpu")
     monkeypatch.setattr(_saliency, "in_kernels", lambda q, keys: asked.append(1) is None)
     monkeypatch.setattr(mixed, "in_kernels", _saliency.in_kernels)
+    monkeypatch.setattr(parts, "served", lambda x: True)
     monkeypatch.setattr(mixed, "on_kernels", lambda q, k, v, mask=None: q.shape[2] > 1)
     got = run(DEVICE)
     assert asked, "no probe went to a kernel"

@@ -31,6 +31,7 @@ from qkv.caches._stores.codecs import (
     unpack_flags,
 )
 from qkv.caches._stores.dense import resized
+from qkv.core.kernel import kernel, served
 
 BLOCK_ELEMENTS = 1 << 20  # codes held in floating point at once
 
@@ -57,6 +58,13 @@ class Part:
         """Quantise k, v ``[R, G, count, .]`` into block `at` of `room`; channel ``[R, G, E]``."""
         if self.bits == 16:
             self._put(at, room, keys=k.unsqueeze(2), values=v.unsqueeze(2))
+            return
+        if served(k) and served(v):
+            keys, scale, zero = kernel("pack:pack_channels")(k, k.amin(2), k.amax(2), self.bits)
+            values, step, low = kernel("pack:pack_tokens")(v, channel, self.bits)
+            self._put(at, room, keys=keys.unsqueeze(2), key_scale=scale.unsqueeze(2), key_zero=zero.unsqueeze(2))
+            self._put(at, room, values=values.unsqueeze(2))
+            self._put(at, room, value_scale=step[:, None, None], value_zero=low[:, None, None])
             return
         span, half = (k.amin(2), k.amax(2)), torch.float16
         words, scale, zero = [], None, None
