@@ -37,8 +37,10 @@ def sweep(
     begun, broken = time.monotonic(), False
     took: dict[Hashable, float] = {}
     parts = [_part(path, settings) for path in earlier]
-    runs: list[dict[str, Any]] = [run for part in parts for run in part["runs"]]
-    made = {_name(run) for run in runs}
+    first: dict[str, dict[str, Any]] = {}  # of runs that several files have, the first file's counts
+    for part in parts:
+        first = {_name(run): run for run in part["runs"]} | first
+    runs, made = list(first.values()), set(first)
     left: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     about = {"settings": {k: v for k, v in settings.items() if k != "earlier"}, **environment(seed=0)}
