@@ -94,7 +94,12 @@ def whisper() -> hf.PreTrainedModel:
 def falcon() -> hf.PreTrainedModel:
     return hf.FalconForCausalLM(
         hf.FalconConfig(
-            vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=512
+            vocab_size=97,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            max_position_embeddings=512,
+            alibi=True,
         )
     )
 

@@ -12,7 +12,9 @@ from qkv.core.errors import Refused, StateError
 from qkv.hosts.transformers_cache import QKVLayer
 from test_host import fingerprint, forward, generate
 
-CACHED = "qwen2 qwen3_moe phi3 olmo2 glm4 granite cohere2 starcoder2 opt mixtral smollm3 gpt_bigcode lfm2".split()
+CACHED = (
+    "qwen2 qwen3_moe phi3 olmo2 glm4 granite cohere2 starcoder2 opt mixtral smollm3 gpt_bigcode lfm2 falcon".split()
+)
 
 
 @pytest.mark.parametrize("kind", CACHED)
@@ -39,7 +41,7 @@ SEAMS = [
     ("gpt_oss", {}, "sink logits"),
     ("gemma2", {}, "caps its logits"),
     ("gptj", {}, "attention interface"),
-    ("bloom", {}, "attention interface"),
+    ("falcon", dict(alibi=True), "ALiBi biases"),
     ("deepseek_v32", MLA, "indexer"),
     ("bigbird_pegasus", {}, "is_causal=False"),
     ("hrm_text", {}, "several layers of the cache"),

@@ -215,7 +215,7 @@ def test_windows_and_position_limits_below_t_are_refused() -> None:
         probe().run(models.make("gemma3"), torch.ones(1, 70, dtype=torch.long))
     with pytest.raises(Refused, match="window of 512"):
         probe(tokens=600).run(models.make("llama"), torch.ones(1, 700, dtype=torch.long))
-    for name, needle in (("whisper", "two"), ("vit", "takes none"), ("falcon", "attention interface")):
+    for name, needle in (("whisper", "two"), ("vit", "takes none"), ("falcon", "rounds to bfloat16")):
         with pytest.raises(Refused, match=needle):
             probe().run(models.make(name), torch.ones(1, 70, dtype=torch.long))
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -198,24 +197,3 @@ def test_the_probe_measures_a_model_and_the_cache_takes_what_it_saved(tmp_path) 
         assert 0 < qkv.report(model).ratio < 0.7
     with pytest.raises(InvalidInput, match="exceed"):
         qkv.method("induction-echo", block=200).run(model)
-
-
-@pytest.mark.parametrize(
-    ("config", "model", "alibi"),
-    [
-        ("BloomConfig", "BloomForCausalLM", {}),
-        ("MptConfig", "MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 1}),
-        ("FalconConfig", "FalconForCausalLM", {"alibi": True}),
-        ("FalconConfig", "FalconForCausalLM", None),
-    ],
-)
-def test_models_with_linear_biases_are_refused_by_name(config: str, model: str, alibi: dict | None) -> None:
-    sizes = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
-    sizes = alibi if alibi and "d_model" in alibi else sizes | (alibi or {})
-    if config == "BloomConfig":
-        sizes = {"vocab_size": 61, "hidden_size": 32, "n_head": 4, "n_layer": 1}
-    made = getattr(transformers, model)(getattr(transformers, config)(**sizes)).eval()
-    want = "transformers' attention interface" + ("" if alibi is None else ".*adds ALiBi biases to its logits")
-    with pytest.raises(Refused, match=want) as caught:
-        qkv.apply(made, "razorattention:heads=[]")
-    assert ("ALiBi" in str(caught.value)) == (alibi is not None)

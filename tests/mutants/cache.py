@@ -106,6 +106,32 @@ class StoresPadding(RankedCache):
         return super().attend(q, k, v, replace_step(step, position=columns, padding=None))
 
 
+class ForgetsBiases(RankedCache):
+    """Linear position biases are left out."""
+
+    def _run(self, *args: Any) -> tuple[Tensor, Tensor | None]:
+        return super()._run(*args[:-1], None)
+
+
+class CountsStoredBiases(RankedCache):
+    """Biases by the slot in which a token is stored."""
+
+    def _run(self, *args: Any) -> tuple[Tensor, Tensor | None]:
+        *rest, bias = args
+        if bias is not None:
+            bias = bias._replace(key=torch.arange(bias.key.shape[-1]).expand_as(bias.key))
+        return super()._run(*rest, bias)
+
+
+class MeanWithoutPlace(FoldingCache):
+    """The mean of what was dropped stands at position 0."""
+
+    def _fold_all(self, *args: Any) -> None:
+        super()._fold_all(*args)
+        if self.mean_p is not None:
+            self.mean_p.zero_()
+
+
 class CountsColumns(RankedCache):
     """Padding is masked, but a position is a column: sinks are looked for in the padding."""
 
@@ -460,6 +486,12 @@ MUTANTS: dict[str, list[tuple[str, Any]]] = {
         ("one_off", mutant(H2O, shift=one_off)),
         ("counts_once", folding(CountsOnce)),
         ("first_segment", ragged(FirstSegment)),
+    ],
+    "biases_by_true_position": [
+        ("forgets", ranked(H2O, ForgetsBiases)),
+        ("counts_columns", ranked(Window, CountsStoredBiases)),
+        ("no_mean", folding(MeanWithoutPlace)),
+        ("false_claim", mutant(Quest, slopes=True)),
     ],
     "chunks_are_exact": [
         ("sees_the_block", mutant(Window, visible=sees_the_block)),

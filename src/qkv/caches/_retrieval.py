@@ -21,6 +21,17 @@ def retrieval_set(induction: HeadTable, echo: HeadTable, shares: tuple[float, fl
     return best_share(induction, shares[0]) | best_share(echo, shares[1])
 
 
+def scopes_of(heads: Any) -> tuple[tuple[int | None, ...], ...] | None:
+    """The scope in tokens of every KV head ``[L][G]``, where `heads` is a file in which the probe induction-echo saved that."""
+    if not isinstance(heads, str) or not Path(heads).is_file():
+        return None
+    data = read_json(heads)
+    if not isinstance(data, dict) or data.get("type") != "alibi_scope":
+        return None
+    rows = HeadTable.from_dict(data.get("scope")).by_kv_head().values.tolist()
+    return tuple(tuple(None if x != x else max(1, math.ceil(x)) for x in row) for row in rows)
+
+
 def heads_of(heads: Any, shares: tuple[float, float], who: str) -> HeadSet:
     """A set of KV heads from one, from names, or from a file: a head set, or what the probe induction-echo saved.
 

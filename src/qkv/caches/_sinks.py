@@ -18,7 +18,12 @@ class SinksAndRecent(Policy):
     """Sinks and recent tokens; a query sees key j if j < sinks or i - j < recent (its own token included)."""
 
     spec: ClassVar[CacheSpec] = CacheSpec(
-        id="sinks-and-recent", title="Sinks and a recent window", paper="baseline", by_position=True, exact_chunks=True
+        id="sinks-and-recent",
+        title="Sinks and a recent window",
+        paper="baseline",
+        by_position=True,
+        exact_chunks=True,
+        slopes=True,
     )
     sinks: int = param(4, "first tokens kept for ever", low=0)
     recent: int = param(256, "recent tokens seen, the query's own included", low=1)

@@ -101,6 +101,7 @@ class DuoAttention(CacheMethod):
         ),
         exact_chunks=True,
         trials=({}, {"sparsity": 1.0}),
+        slopes=True,
         small={
             "gates": ((0.9, 0.1, 0.2), (0.1, 0.8, 0.15), (0.3, 0.7, 0.6)),
             "sinks": 2,
@@ -162,7 +163,7 @@ class DuoAttention(CacheMethod):
 
     def layer(self, geometry: Geometry) -> LayerCache:
         """See `CacheMethod.layer`."""
-        reason = self.fits(geometry)
+        reason = self.serves(geometry)
         if reason is not None:
             raise Refused(f"{self.id} at layer {geometry.layer}: {reason}")
         assert self.sinks is not None and self.recent is not None

@@ -10,25 +10,29 @@ token that is no sink into the mean. Where the dropped keys are equal this is ex
 
 Retrieval heads are induction and echo heads, found on random repeated tokens: `qkv inspect MODEL --probe induction-echo --out
 DIR`, then ``heads="DIR/result.json"``. A KV head retrieves if one of its query heads does. The head percentages are the
-paper's as remembered. Models with linear position biases (ALiBi), for which the paper bounds the reach of a head from its
-weights, are refused by the host: transformers' own (BLOOM, MPT, Falcon) compute their attention outside its interface, and a
-bias by distance, which stored keys do not carry, would have to be an input of every attention form and kernel.
+paper's as remembered.
+
+At a model with linear position biases (ALiBi: BLOOM, MPT) the same command bounds from a head's weights and slope how far it can
+look, its scope (`qkv.probes._scope` has the formula). Then a head with a scope of at most `min_buffer` tokens keeps its scope
+instead of the buffer above, and every other keeps everything; what is dropped has next to no weight, and its mean stands at
+the mean of its positions.
 
 Axes: L layers, B batch, H query heads, G key/value heads, N queries, M keys, D head width. Paper: arXiv:2407.15891.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 from torch import Tensor
 
-from qkv.caches._retrieval import heads_of
+from qkv.caches._retrieval import heads_of, scopes_of
 from qkv.caches._stores.dense import DenseCache
 from qkv.caches._stores.folding import FoldingCache, mean_part
 from qkv.caches._stores.split import split
-from qkv.core.cache import CacheMethod, CacheSpec, Geometry, LayerCache
+from qkv.core.cache import CacheMethod, CacheSpec, Geometry, LayerCache, require
 from qkv.core.errors import Refused
 from qkv.core.heads import HeadSet
 from qkv.core.spec import Limit, param
@@ -60,10 +64,15 @@ class RazorAttention(CacheMethod):
         honest="heads are measured once on random tokens; a mean of rotated keys says little about any single token",
         limits=(Limit("full", {"min_buffer": 1 << 20}, "buffer >= length: exact attention"),),
         trials=({}, {"compensation": False}),
+        slopes=True,
         small={"heads": ("0.1", "1.1", "2.0", "2.2"), "sinks": 2, "min_buffer": 5, "ratio": 4.0},
     )
     heads: str | tuple[str, ...] | None = param(
         None, 'KV heads that keep everything, "layer.head", or the file that the probe induction-echo saved'
+    )
+    scopes: tuple[tuple[int | None, ...], ...] = param(
+        (),
+        "recent tokens that a KV head keeps instead of the buffer, a row per layer (ALiBi; the probe's file has them)",
     )
     sinks: int = param(4, "first tokens that every head keeps", low=0)
     min_buffer: int = param(4000, "fewest recent tokens that a head keeps (a small model needs fewer)", low=1)
@@ -73,10 +82,23 @@ class RazorAttention(CacheMethod):
     echo: float = param(0.01, "share of KV heads taken by echo score, from a probe's file", low=0.0, high=1.0)
 
     def __post_init__(self) -> None:
-        if self.heads is not None:
+        found = scopes_of(self.heads)
+        if found is not None:
+            far = [(l, h) for l, row in enumerate(found) for h, x in enumerate(row) if x is None or x > self.min_buffer]
+            object.__setattr__(self, "scopes", found)
+            object.__setattr__(self, "heads", HeadSet.of(far).names())
+        elif self.heads is not None:
             chosen = heads_of(self.heads, (self.induction, self.echo), self.spec.id)
             object.__setattr__(self, "heads", chosen.names())
         super().__post_init__()
+
+    def validate(self) -> None:
+        """Scopes are tokens, as many heads in every layer."""
+        require(
+            len({len(row) for row in self.scopes}) <= 1, f"{self.id}: scopes must have as many KV heads in every layer"
+        )
+        bad = [x for row in self.scopes for x in row if x is not None and x < 1]
+        require(not bad, f"{self.id}: a scope is at least 1 token; got {bad[:3]}")
 
     def buffer(self, tokens: Any) -> Any:
         """Recent tokens that a row of `tokens` tokens keeps; an int or a tensor of them."""
@@ -95,20 +117,31 @@ class RazorAttention(CacheMethod):
         if beyond:
             shape = f"{geometry.layers} layers of {geometry.kv_heads} KV heads"
             return f"there is no KV head {', '.join(beyond[:3])}{' ...' if len(beyond) > 3 else ''} in {shape}"
+        if not self.scopes:
+            return None
+        if geometry.slopes is None:
+            return "its scopes are of a model with linear position biases (ALiBi), and this site has none"
+        have, want = (len(self.scopes), len(self.scopes[0])), (geometry.layers, geometry.kv_heads)
+        if have != want:
+            return f"the scopes are for {have[0]} layers of {have[1]} KV heads; this model has {want[0]} of {want[1]}"
         return None
 
     def layer(self, geometry: Geometry) -> LayerCache:
         """See `CacheMethod.layer`."""
-        reason = self.fits(geometry)
+        reason = self.serves(geometry)
         if reason is not None:
             raise Refused(f"{self.id} at layer {geometry.layer}: {reason}")
         full = self._full(geometry)
 
-        def near(part: Geometry) -> LayerCache:
-            return FoldingCache(part, sinks=self.sinks, limit=self.buffer, fold=self.compensation, who=self.id)
+        def near(scope: int | None) -> Callable[[Geometry], LayerCache]:
+            limit = self.buffer if scope is None else lambda tokens: scope
+            return lambda part: FoldingCache(part, sinks=self.sinks, limit=limit, fold=self.compensation, who=self.id)
 
-        rest = [h for h in range(geometry.kv_heads) if h not in full]
-        return split(geometry, [(full, DenseCache), (rest, near)], self.id)
+        rest: dict[int | None, list[int]] = {}
+        for h in range(geometry.kv_heads):
+            if h not in full:
+                rest.setdefault(self.scopes[geometry.layer][h] if self.scopes else None, []).append(h)
+        return split(geometry, [(full, DenseCache), *((heads, near(x)) for x, heads in rest.items())], self.id)
 
     def _full(self, geometry: Geometry) -> tuple[int, ...]:
         return HeadSet.of(self.heads).at(geometry.layer)
@@ -123,7 +156,7 @@ class RazorAttention(CacheMethod):
         return mean_part(q, mean_k, mean_v, count, scale)
 
     def __str__(self) -> str:
-        brief = self.replace(heads=None)
+        brief = self.replace(heads=None, scopes=())
         assert isinstance(brief, RazorAttention)
         text = super(RazorAttention, brief).__str__()
         return text if self.heads is None else f"{text}{',' if ':' in text else ':'}heads={len(self.heads)}"

@@ -78,14 +78,14 @@ class Geometry:
             return None
         if compute is not None:
             raise Refused(
-                f"layer {self.layer} adds linear position biases (ALiBi) to its logits, which the attention put in its place does "
-                "not take; run it plain"
+                f"layer {self.layer} adds linear position biases (ALiBi) to its logits, which the attention put in its place "
+                "does not take; run it plain"
             )
-        return LinearBias(_tensor(self.slopes, query.device), query, key)
+        return LinearBias(_slopes(self.slopes, query.device), query, key)
 
 
 @functools.lru_cache(maxsize=256)
-def _tensor(slopes: tuple[float, ...], device: torch.device) -> Tensor:
+def _slopes(slopes: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float64).to(device)
 
 

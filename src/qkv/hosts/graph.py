@@ -42,7 +42,9 @@ def install(session: Any) -> Graphs:
         if not session._serves(site):
             raise Refused(f"graph=True: {site.name} keeps a cache that is not static; apply a method there too")
         if site.geometry.slopes is not None:
-            raise Refused(f"graph=True: {site.name} adds linear position biases (ALiBi), which no kernel of a static step takes")
+            raise Refused(
+                f"graph=True: {site.name} adds linear position biases (ALiBi), which no kernel of a static step takes"
+            )
         if state.steering or state.observers or (state.operator is not None and state.operator.id != "full"):
             raise Refused(
                 f"graph=True: {site.name} is steered, observed or computed by another operator while decoding"

@@ -126,17 +126,32 @@ def _opened(model: PreTrainedModel) -> Iterator[Session]:
         session.remove()
 
 
+def _unwatchable(state: SiteState) -> str | None:
+    """None, or why nobody can look on at a site."""
+    site = state.site
+    if site.geometry.slopes is not None:
+        return "it adds linear position biases (ALiBi) to its logits, which no observer is told of"
+    if (
+        site.reason is None
+        and not state.applied
+        and state.session.model.get_submodule(site.name) in state.session.inline
+    ):
+        return "it computes its attention in its own forward; apply `full` first, which looks inside"
+    return site.reason
+
+
 @contextmanager
 def observe(model: PreTrainedModel, callback: Callable[[Site, Call], None], where: Any = "all") -> Iterator[None]:
     """See `qkv.hosts.observe`."""
     with _opened(model) as session:
-        chosen = choose(session.sites, where)
-        bad = [s for s in chosen if s.reason is not None]
+        chosen = [session.state(s) for s in choose(session.sites, where)]
+        reasons = [_unwatchable(state) for state in chosen]
+        bad = [(state.site.name, reason) for state, reason in zip(chosen, reasons, strict=True) if reason is not None]
         if bad and where != "all":
-            raise Refused(f"{bad[0].name} cannot be observed: {bad[0].reason}")
-        watched = [session.state(s) for s in chosen if s.reason is None]
+            raise Refused(f"{bad[0][0]} cannot be observed: {bad[0][1]}")
+        watched = [state for state, reason in zip(chosen, reasons, strict=True) if reason is None]
         if not watched:
-            raise Refused(f"no attention site can be observed: {bad[0].name}: {bad[0].reason}")
+            raise Refused(f"no attention site can be observed: {bad[0][0]}: {bad[0][1]}")
         for state in watched:
             state.observers.append(callback)
         try:
@@ -155,6 +170,11 @@ def attending(model: PreTrainedModel, function: Callable[..., Tensor], where: An
         for state in states:
             if state.site.reason is not None:
                 raise Refused(f"the attention of {state.site.name} cannot be exchanged: {state.site.reason}")
+            if state.site.geometry.slopes is not None:
+                raise Refused(
+                    f"{state.site.name} adds linear position biases (ALiBi) to its logits, which an attention put in its place "
+                    "does not take"
+                )
             if state.instead is not None or state.cache is not None or not state.plain:
                 names = ", ".join(str(e.method) for e in session.entries if state.site in e.sites) or "another loop"
                 raise Refused(

@@ -11,11 +11,12 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qkv.core.attend import causal_mask, sdpa
+from qkv.core.attend import LinearBias, causal_mask, sdpa
 from qkv.core.cache import Step
 from qkv.core.errors import Refused, StateError
 from qkv.hosts.stack import Call, SiteState
 from qkv.hosts.transformers_cache import QKVLayer, handoff
+from qkv.hosts.transformers_inline import hidden, hides, one_stretch, written
 
 NAME = "qkv"
 """The attention implementation, as transformers knows it."""
@@ -34,8 +35,25 @@ def register() -> None:
 
 
 def mask_function(**kwargs: Any) -> Tensor | None:
-    """Plain causal attention needs only the padding: ``[B, 1, 1, columns]`` or None. Everything else is written out."""
-    plain = kwargs.get("allow_is_causal_skip", True) and not kwargs.get("allow_is_bidirectional_skip", False)
+    """Plain causal attention needs only the padding: ``[B, 1, 1, columns]`` or None. Everything else is written out.
+
+    Models that want True where a key is hidden get that, and an empty tensor for None.
+    """
+    config = kwargs.get("config")
+    if not hides(config):
+        return _mask(kwargs, written(config))
+    mask = _mask(kwargs, False)
+    if mask is not None and mask.shape[-2] == 1 and not one_stretch(mask[:, 0, 0]):
+        raise Refused(
+            f"{type(config).__name__}: padding lies between real tokens, and this model's position biases count it; "
+            "pad on one side"
+        )
+    return hidden(mask)
+
+
+def _mask(kwargs: dict[str, Any], asked: bool) -> Tensor | None:
+    """asked: the model has its mask written out although nothing but padding is hidden."""
+    plain = (asked or kwargs.get("allow_is_causal_skip", True)) and not kwargs.get("allow_is_bidirectional_skip", False)
     plain = plain and kwargs.get("local_size") is None and isinstance(kwargs.get("kv_offset", 0), int)
     if not (plain and kwargs.get("kv_offset", 0) == 0):
         return sdpa_mask(**kwargs)
@@ -144,13 +162,28 @@ def _uncached(
     causal = causal and q.shape[2] > 1
     compute = state.compute(dropout)
     if compute is None:
-        return sdpa(q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout)
+        bias = _bias(state, q, k, mask)
+        return sdpa(q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout, bias=bias)
+    if state.site.geometry.slopes is not None:
+        raise Refused(
+            f"{state.site.name} adds linear position biases (ALiBi), which what was put in its place does not take"
+        )
     if dropout and not state.plain:
         raise Refused(
             f"{state.site.name} trains with attention dropout {dropout}, which only plain attention applies; set the "
             "model's attention dropout to 0"
         )
     return compute(q, k, v, mask=mask, causal=causal, scale=scale)
+
+
+def _bias(state: SiteState, q: Tensor, k: Tensor, mask: Tensor | None) -> LinearBias | None:
+    """The site's position biases where k are all keys and q belongs to the last of them."""
+    geometry, n, m = state.site.geometry, q.shape[2], k.shape[2]
+    if geometry.slopes is None:
+        return None
+    padding = mask if mask is not None and mask.shape[1] == 1 and mask.shape[2] == 1 else None
+    position = state.session.positions(padding, 0, q.shape[0], m, q.device)
+    return geometry.bias(position[:, m - n :], position[:, None])
 
 
 def _cached(

@@ -20,6 +20,7 @@ from qkv.core.site import Site
 from qkv.hosts.stack import Entry, SiteState
 from qkv.hosts.transformers_attention import ATTRIBUTE, NAME, register
 from qkv.hosts.transformers_cache import QKVLayer, handoff
+from qkv.hosts.transformers_inline import join, part
 from qkv.hosts.transformers_repair import Repairs
 from qkv.hosts.transformers_sites import find_sites, out_of_reach
 
@@ -34,6 +35,7 @@ class Session:
         self.original = {id(c): (c, c._attn_implementation_internal) for c in _configs(model)}
         self.swapped: list[tuple[nn.Module, str, nn.Module]] = []
         self.handles: list[Any] = []
+        self.inline: list[nn.Module] = []  # modules with a forward of ours
         self.states: dict[str, SiteState] = {}
         self.base: str | None = None
         self.graph: Any = None
@@ -65,7 +67,12 @@ class Session:
                 f"the model runs attn_implementation={sorted(kinds)}; qkv stands on 'sdpa' or 'eager': load it with "
                 "attn_implementation='sdpa'"
             )
-        self.model.set_attn_implementation(NAME)
+        self.inline = join(self.model)
+        if self.inline:  # it has no seam for the name: only its mask is made by it
+            for config, _ in self.original.values():
+                config._attn_implementation_internal = NAME
+        else:
+            self.model.set_attn_implementation(NAME)
         if any(c._attn_implementation_internal != NAME for c in (self.model.config,)):
             raise Refused(
                 f"{type(self.model).__name__} does not let its attention implementation be set; its attention does not "
@@ -86,6 +93,7 @@ class Session:
         for handle in self.handles:
             handle.remove()
         self.model.__dict__.pop("_prepare_cache_for_generation", None)
+        part(self.inline)
         for name in self.states:
             self.model.get_submodule(name).__dict__.pop(ATTRIBUTE, None)
         for parent, child, module in reversed(self.swapped):

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from qkv.core.cache import Geometry, Rope
 from qkv.core.errors import InvalidInput
 from qkv.core.site import Site
+from qkv.hosts.transformers_inline import seam_of
 
 PICKED = frozenset(("indices", "block_indices"))
 """Keyword arguments with which transformers' models hand over the keys that an indexer picked."""
@@ -85,7 +86,12 @@ def _site(
     role = "cross" if cross else ("self" if causal else "encoder")
     window = _window(module, config, layer) if causal else None
     reason = None
-    if kind == "other":
+    seam = seam_of(module) if kind == "other" else None
+    slopes = None
+    if seam is not None:
+        kv, causal, role, reason = seam.kv_heads(module), True, "self", seam.refuses(module)
+        slopes = seam.slopes(module) if reason is None else None
+    elif kind == "other":
         reason = (
             f"{type(module).__name__} does not go through transformers' attention interface, so there is no seam to reach "
             "its queries and keys"
@@ -105,6 +111,7 @@ def _site(
         layers=getattr(config, "num_hidden_layers", 1),
         rope=_rope(name, module, modules),
         max_length=getattr(config, "max_position_embeddings", None),
+        slopes=slopes,
     )
     return Site(
         index=index,
@@ -117,7 +124,7 @@ def _site(
         value_dim=geometry.value_dim,
         causal=causal,
         window=window,
-        scale=_scale(module),
+        scale=_scale(module) if seam is None else seam.scale(module),
         cached=causal and isinstance(layer, int) and not keeps_latents(module) and not shares_its_layer(module),
         geometry=geometry,
         module=type(module).__name__,

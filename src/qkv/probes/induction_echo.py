@@ -6,6 +6,8 @@ r"""Induction and echo heads: who looks back to an earlier copy of the current t
 on a block of random tokens that is repeated; i runs over all repeats but the first. Position 0 draws attention of its own (a
 sink) and counts for no head. Maps are formed in rows, in float32, from the queries and keys that the model itself computed.
 
+A model with linear position biases (ALiBi) is not run: there a head's scope follows from its weights and slope (`_scope`).
+
 Axes: L layers, H query heads, G key/value heads, T tokens, C query rows at a time. Paper: RazorAttention, arXiv:2407.15891. The
 paper's 2500 tokens times 4 are shortened to what the model was trained for.
 """
@@ -27,6 +29,8 @@ from qkv.core.probe import Probe, ProbeSpec, Progress, Scene
 from qkv.core.site import Site
 from qkv.core.spec import param
 from qkv.hosts import observe, sites
+from qkv.hosts.transformers_inline import weights_of
+from qkv.probes._scope import Scopes, scopes
 
 ELEMENTS = 1 << 24  # of a map held at once
 
@@ -155,6 +159,9 @@ class InductionEchoHeads(Probe):
     repeats: int = param(4, "how often the block stands", low=2)
     samples: int = param(1, "texts, one at a time", low=1)
     seed: int = param(0, "of the tokens", low=0)
+    eps: float = param(
+        1e-3, "attention that a key outside a head's scope stays below, at models with ALiBi", low=1e-12, high=1.0
+    )
 
     def run(
         self,
@@ -165,9 +172,10 @@ class InductionEchoHeads(Probe):
         ids: Tensor | None = None,
         block: int | None = None,
         progress: Progress | None = None,
-    ) -> InductionEcho:
+    ) -> InductionEcho | Scopes:
         """Scores per query head, NaN where a layer has no causal attention. ids ``[B, T]``: texts of one's own, whose first
-        `block` tokens are repeated; without them tokens are drawn. tokenizer and text are not needed.
+        `block` tokens are repeated; without them tokens are drawn. tokenizer and text are not needed. At a model with linear
+        position biases (ALiBi): scopes in tokens, from the weights alone.
 
         Raises `InvalidInput`, `Refused`.
         """
@@ -176,6 +184,8 @@ class InductionEchoHeads(Probe):
             raise Refused(
                 f"induction-echo needs a decoder-only model with causal attention; {type(model).__name__} has none"
             )
+        if any(s.geometry.slopes is not None for s in watched):
+            return self._scopes(model, watched, progress)
         size = self._size(model) if block is None else block
         if ids is None:
             ids = self.random_ids(model, size)
@@ -205,8 +215,22 @@ class InductionEchoHeads(Probe):
         names = ("induction score", "echo score")
         return InductionEcho(*(HeadTable(x, n, "head", group, (), notes) for x, n in zip(values, names, strict=True)))
 
-    def look(self, model: Any, tokenizer: Any, text: str | None, progress: Progress | None) -> InductionEcho:
+    def _scopes(self, model: Any, watched: Sequence[Site], progress: Progress | None) -> Scopes:
+        """The scope of every head of a model with ALiBi."""
+        layers = max(watched[0].geometry.layers, *(s.layer + 1 for s in watched))  # type: ignore[operator]
+        values = torch.full((layers, max(s.heads for s in watched)), torch.nan, dtype=torch.float64)
+        for i, site in enumerate(watched):
+            assert site.geometry.slopes is not None
+            values[site.layer, : site.heads] = scopes(weights_of(model, site.name), site.geometry.slopes, self.eps)
+            if progress is not None:
+                progress(i + 1, len(watched), "layers")
+        group = watched[0].heads // watched[0].kv_heads
+        return Scopes(HeadTable(values, "scope in tokens", "head", group, (), {"method": self.to_dict()}))
+
+    def look(self, model: Any, tokenizer: Any, text: str | None, progress: Progress | None) -> InductionEcho | Scopes:
         """See `Probe.inspect`; `text` is not used: the tokens are random."""
+        if any(s.geometry.slopes is not None for s in sites(model)):
+            return self.run(model, progress=progress)
         return self.run(model, block=self.block or min(500, self._size(model)), progress=progress)
 
     def random_ids(self, model: Any, block: int) -> Tensor:

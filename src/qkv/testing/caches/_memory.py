@@ -23,10 +23,17 @@ ALONE = (CUTS, (PROMPT - PADS, *CUTS[2:13], 5 - HOLES, *CUTS[14:]))
 EXACT = 1e-9
 
 
-def site(rope: bool = True, fixed: bool = True) -> Geometry:
-    """The geometry of the site that the laws serve; rope: it has a rotary embedding, with frequencies that are fixed."""
+SLOPES = tuple(0.3 * 2.0**-h for h in range(H))
+
+
+def site(rope: bool = True, fixed: bool = True, slopes: tuple[float, ...] | None = None) -> Geometry:
+    """The geometry of the site that the laws serve; rope: it has a rotary embedding, with frequencies that are fixed; slopes:
+    of linear position biases that it adds.
+    """
     frequencies = 100.0 ** -(torch.arange(D // 2, dtype=torch.float32) / (D // 2))
-    return Geometry(H, G, D, D, layer=1, layers=3, rope=Rope(frequencies, fixed) if rope else None, max_length=512)
+    return Geometry(
+        H, G, D, D, layer=1, layers=3, rope=Rope(frequencies, fixed) if rope else None, max_length=512, slopes=slopes
+    )
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,13 @@ class Stream:
     def to(self, dtype: torch.dtype) -> Stream:
         """Another precision."""
         return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
+
+    def biased(self, slopes: Sequence[float]) -> Stream:
+        """Tokens of one channel more, whose plain attention is that of these with linear position biases: slope times place."""
+        b, h, t, _ = self.q.shape
+        rate = self.q.new_tensor(slopes)[None, :, None, None].expand(b, h, t, 1) / D**-0.5
+        place = self.position.to(self.k.dtype)[:, None, :, None].expand(b, self.k.shape[1], t, 1)
+        return replace(self, q=torch.cat((self.q, rate), -1), k=torch.cat((self.k, place), -1))
 
     def spliced(self, other: Stream, start: int) -> Stream:
         """These tokens before column `start`, those of `other` from it on."""

@@ -21,6 +21,7 @@ from qkv.testing.caches._memory import (
     EXACT,
     PADS,
     PROMPT,
+    SLOPES,
     TOKENS,
     D,
     Stream,
@@ -141,6 +142,38 @@ def _masked(method: CacheMethod, tokens: Stream, before: Tensor | None, at: slic
         q, torch.where(gone[..., None], keys, 0), torch.where(gone[..., None], values, 0), gone, D**-0.5
     )
     return read.out if rest is None else merge((read.out, read.lse), rest)[0]
+
+
+@law(
+    "cache",
+    "At a site with linear position biases (ALiBi) a query reads exact attention with the biases of the true positions, those "
+    "that left the cache included; a method that does not add them refuses the site.",
+)
+def biases_by_true_position(case: Case) -> None:
+    """Against plain attention over keys with one channel more, their position, as the two laws above; float64 and float32."""
+    method, place = small(case), site(rope=False, slopes=SLOPES)
+    reason = method.serves(place)
+    if reason is not None:
+        named = method.id in reason or method.fits(place) is not None
+        expect(named, f"the refusal of linear position biases names no method: {reason}")
+        return
+    tokens = stream(case)
+    with_place = tokens.biased(SLOPES)
+    want = attend(with_place.q, with_place.k, tokens.v, mask=_real(tokens, TOKENS), causal=True, scale=D**-0.5).out
+    for limit in case.spec.limits:
+        if limit.equals == "full":
+            got = drive(method.replace(**limit.parameters).layer(place), tokens, CUTS)  # type: ignore[attr-defined]
+            close_where_real(got, want, tokens, EXACT, f"with biases at {dict(limit.parameters)}")
+    cuts = _gentle(method)
+    for dtype, atol in ((torch.float64, EXACT), (torch.float32, 1e-4)) if case.spec.evicts else ():
+        tokens, layer = stream(case, sum(cuts), pads=(0, 3), salt=1).to(dtype), method.layer(place)
+        with_place, wants = tokens.biased(SLOPES), list[Tensor]()
+
+        def check(before: Tensor | None, at: slice, out: Tensor, tokens=with_place, wants=wants) -> None:
+            wants.append(_masked(method, tokens, before, at))
+
+        got = drive(layer, tokens, cuts, check)
+        close_where_real(got, torch.cat(wants, 2), tokens, atol, f"with biases in {str(dtype)[6:]}")
 
 
 def _chunk_exact(case: Case) -> bool:
