@@ -192,6 +192,16 @@ def test_state_is_a_value() -> None:
         s.of("gla", state=(4, 2, 2))
 
 
+def test_counts_of_a_state_stay_exact_in_another_dtype() -> None:
+    s = State("lightning", {"state": torch.ones(1, 2), "position": torch.tensor([301])}, 301)
+    low = s.to("cpu", torch.bfloat16)
+    assert low["state"].dtype == torch.bfloat16
+    assert torch.equal(low["position"], torch.tensor([301]))  # 302 in bfloat16
+    with pytest.raises(StateError, match="'state' is "):
+        low.exact()
+    assert s.exact() is s
+
+
 # --- (out, lse) and merge --------------------------------------------------------------------------------------------
 
 

@@ -81,7 +81,7 @@ GLA: list[tuple[str, dict[str, Any], type[QKVError], str]] = [
     ("wrong axes", gla(log_decay=-torch.rand(B, N, H)), InvalidInput, r"\(2, 11, 6\).*\(6,\) or \(2, 6, 11\)"),
     ("decay elsewhere", gla(log_decay=torch.zeros(H, device="meta")), InvalidInput, "`log_decay` lies on meta"),
     ("decay is NaN", gla(log_decay=with_nan(B, H, N)), InvalidInput, "log_decay holds NaN"),
-    ("decay is a number", gla(log_decay=-0.5), InvalidInput, "must be a torch tensor, not float"),
+    ("decay is a number", gla(log_decay=-0.5), InvalidInput, "must be a torch tensor of real numbers, not float"),
     ("bidirectional", gla(causal=False), Refused, "causal by definition"),
     ("cross", gla(q=torch.zeros(B, H, N - 1, D), log_decay=torch.zeros(H)), InvalidInput, "self-attention: N=10 and M=11"),
     ("state is a tensor", gla(initial_state=torch.zeros(B, H, D, E)), InvalidInput, "`State`.*not Tensor"),

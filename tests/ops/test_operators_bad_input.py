@@ -132,6 +132,26 @@ def test_states_that_are_not_whole_or_lie_elsewhere(name: str) -> None:
             given.index(rows)
 
 
+@pytest.mark.parametrize("name", RECURRENT)
+def test_states_that_were_rounded_or_ran_away(name: str) -> None:
+    given = state(name)
+    both(name, given.to(torch.bfloat16), StateError, "is torch.bfloat16; recurrent states are float32 or wider")
+    method = qkv.method(name)
+    for which, x in given.tensors.items():
+        if x.is_floating_point():
+            bad = State(name, given.tensors | {which: torch.full_like(x, torch.nan)}, given.seen)
+            with pytest.raises(InvalidInput, match=f"initial_state: {which} holds NaN"):
+                method(**draw(method), initial_state=bad)  # type: ignore[operator]
+
+
+def test_extras_are_real_numbers() -> None:
+    method = qkv.method("gla")
+    call = draw(method)  # type: ignore[arg-type]
+    call["log_decay"] = call["log_decay"].to(torch.complex64)
+    with pytest.raises(InvalidInput, match="real numbers, not"):
+        method(**call)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("name", [n for n in SPECS if n not in RECURRENT])
 def test_operators_without_a_state_take_none(name: str) -> None:
     method = qkv.method(name)

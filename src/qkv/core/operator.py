@@ -147,6 +147,9 @@ class Operator(Method):
             raise Refused(f"{self.id} keeps a state only when causal; leave initial_state and return_state out")
         if spec.initial is not None:
             self._check_state(initial_state, q.device, optional=True)
+            if initial_state is not None:
+                numbers = {n: x for n, x in initial_state.tensors.items() if x.is_floating_point()}
+                check_finite(f"{self.id}: initial_state", **numbers)
             call |= {"initial_state": initial_state, "return_state": return_state}
         name, function = self._form(self._within(form, q, k, v), q.device)
         return function(q, k, v, **call, **self._settings[name])  # type: ignore[attr-defined]
@@ -227,8 +230,7 @@ class Operator(Method):
             raise InvalidInput(f"{self.id}: a state is a `State` that this operator returned, not "
                                f"{type(state).__name__}")  # fmt: skip
         if state is not None:
-            state.of(self.id)
-            state.on(device)
+            state.of(self.id).on(device).exact()
 
     def _axes(self, name: str, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> str:
         """Which of the declared axes of an extra fit its shape."""
@@ -254,8 +256,9 @@ class Operator(Method):
                 if extra.required:
                     raise InvalidInput(f"{self.id} needs `{name}` ({extra.doc}), axes {extra.axes}")
                 continue
-            if not isinstance(x, Tensor):
-                raise InvalidInput(f"{self.id}: `{name}` must be a torch tensor, not {type(x).__name__}")
+            if not isinstance(x, Tensor) or x.is_complex():
+                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise InvalidInput(f"{self.id}: `{name}` must be a torch tensor of real numbers, not {got}")
             self._axes(name, x, q, k, v)
             if x.device != q.device:
                 raise InvalidInput(f"{self.id}: `{name}` lies on {x.device}, q on {q.device}")

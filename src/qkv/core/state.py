@@ -72,8 +72,20 @@ class State:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def to(self, *args: Any, **kwargs: Any) -> State:
-        """As `torch.Tensor.to`, for every tensor."""
-        return State(self.owner, {k: t.to(*args, **kwargs) for k, t in self.tensors.items()}, self.seen)
+        """As `torch.nn.Module.to`: every tensor to a device, those of floating point alone to a dtype (counts stay exact)."""
+        moved = {k: t.to(*args, **kwargs) for k, t in self.tensors.items()}
+        for k, t in self.tensors.items():
+            if moved[k].dtype != t.dtype and not t.is_floating_point():
+                moved[k] = t.to(moved[k].device)
+        return State(self.owner, moved, self.seen)
+
+    def exact(self) -> State:
+        """Itself, after checking that no tensor was rounded to less than float32: sums over a whole text drift in bfloat16."""
+        for name, x in self.tensors.items():
+            if x.is_floating_point() and torch.promote_types(x.dtype, torch.float32) != x.dtype:
+                raise StateError(f"{self.owner}: state {name!r} is {x.dtype}; recurrent states are float32 or wider, pass it as "
+                                 f"{self.owner} returned it")  # fmt: skip
+        return self
 
     def equal(self, other: State) -> bool:
         """Bitwise equality."""
