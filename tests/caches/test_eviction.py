@@ -14,6 +14,7 @@ from torch import Tensor
 from interpreter import CUDA, DEVICE, HERE, interpreted
 from qkv.caches import knorm, lazyeviction, pyramidkv, snapkv, tova
 from qkv.caches._stores import ranked
+from qkv.caches.adakv import AdaKV
 from qkv.caches.h2o import H2O
 from qkv.caches.knorm import KNorm
 from qkv.caches.lazyeviction import LazyEviction, recurrence_intervals
@@ -84,6 +85,38 @@ def test_decoded_tokens_stay_until_the_next_block_or_leave_by_their_score() -> N
     layer = feed(bounded.layer(SITE), x, [40, *(1,) * 15])
     assert layer.kept() == 12
     assert all(p[-4:] == [51, 52, 53, 54] for row in layer.positions().tolist() for p in row)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [SnapKV(budget=9, window=4, kernel=3), SnapKV(budget=9, window=4, kernel=3, decode="evict"), TOVA(budget=9),
+     LazyEviction(budget=9, window=3, sinks=2), AdaKV(scorer="snapkv:window=4", budget=9), H2O(budget=9)],
+    ids=["snapkv", "snapkv evict", "tova", "lazyeviction", "adakv", "h2o"],
+)  # fmt: skip
+@pytest.mark.parametrize("cuts", [[41], [25, 16], [7, 7, 7, 20]], ids=str)
+def test_padding_behind_or_inside_a_prompt_changes_nothing(method: Any, cuts: list[int]) -> None:
+    q, k, v = drawn(44, rows=3)
+    real = torch.ones(3, 44, dtype=torch.bool)
+    real[1, 30:41] = False  # the newest queries of row 1 stand before its padding
+    real[2, 3:20] = False
+
+    def run(q: Tensor, k: Tensor, v: Tensor, real: Tensor, cuts: list[int]) -> Tensor:
+        layer, position, outs = method.layer(SITE), (real.cumsum(-1) - 1).masked_fill(~real, -1).int(), []
+        layer.announce(sum(cuts))
+        for n in [*cuts, 1, 1, 1]:
+            at = slice(layer.seen, layer.seen + n)
+            padding = None if real.all() else real[:, : at.stop]
+            step = Step(position[:, at], D**-0.5, padding=padding)
+            outs.append(layer.attend(q[:, :, at], k[:, :, at], v[:, :, at], step))
+        return torch.cat(outs, 2)
+
+    got = run(q, k, v, real, cuts)
+    for row in range(3):
+        mine = real[row].nonzero().squeeze(-1)
+        pieces = [int(x.sum()) for x in real[row, :41].split(cuts)]
+        mq, mk, mv = (x[row : row + 1, :, mine] for x in (q, k, v))
+        alone = run(mq, mk, mv, real[row : row + 1, mine], [n for n in pieces if n])
+        torch.testing.assert_close(got[row : row + 1, :, mine], alone, rtol=0, atol=1e-10)
 
 
 def test_a_queried_token_and_its_neighbours_survive() -> None:

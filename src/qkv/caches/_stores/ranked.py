@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qkv.caches._stores.dense import grown, rearranged, resized
 from qkv.caches._stores.recording import Recording
-from qkv.core.attend import LinearBias, attend, causal_mask, sdpa
+from qkv.core.attend import LinearBias, attend, sdpa
 from qkv.core.cache import NO_LIMIT, Geometry, Now, Policy, Step, View
 from qkv.core.errors import Refused, StateError
 from qkv.core.kernel import kernel, served
@@ -85,7 +85,7 @@ class RankedCache(Recording):
             return self._one(q, k, v, step)
         self._budget(step, n)
         size = self.policy.chunk(self.most) or n
-        if size < n and step.padding is not None:
+        if step.padding is not None and (size < n or _gaps(step.position)):
             return self._aligned(q, k, v, step, size)
         outs = []
         for start in range(0, n, size):
@@ -98,13 +98,18 @@ class RankedCache(Recording):
         return self.policy.whole_prompt() and self.seen + n < (self.prompt or 0)
 
     def _aligned(self, q: Tensor, k: Tensor, v: Tensor, step: Step, size: int) -> Tensor:
-        """Cut a padded block so that every row's pieces start at its own first real token, as if it were alone."""
-        order = (step.position < 0).to(torch.int8).argsort(dim=-1, stable=True)  # [B, N], real tokens first
+        """Absorb a padded block as if every row were alone.
+
+        Cut into pieces, each row's start at its own first real token. Whole, its padding goes in front, wherever it stood:
+        then the newest queries, by which many policies judge, are the row's own.
+        """
+        real, n = step.position >= 0, q.shape[2]
+        order = (~real if size < n else real).to(torch.int8).argsort(dim=-1, stable=True)  # [B, N]
         back = order.argsort(dim=-1)
         q, k, v = (_turned(x, order) for x in (q, k, v))
         position = step.position.gather(1, order)
         outs = []
-        for start in range(0, position.shape[1], size):
+        for start in range(0, n, size):
             part = slice(start, start + size)
             outs.append(self._block(q[:, :, part], k[:, :, part], v[:, :, part], step, position[:, part]))
         return _turned(torch.cat(outs, 2), back)
@@ -151,14 +156,14 @@ class RankedCache(Recording):
         bias = self.geometry.bias(query, position, step.compute)
         if self._waits(n):
             out, _ = self._run(q, read, values, mask, True, step, 0, seen_by, bias)
-            self._remember(q, query)
+            self._remember(q, query, padded)
             self.seen += n
             self._store(view, state, hold=True)
         else:
             past = 0 if self.tail is None else self.tail.shape[2]
             rows = 0 if past else self.policy.mass_queries(n)
             out, mass = self._run(q, read, values, mask, True, step, rows, seen_by, bias)
-            every, places = self._remember(q, query) if past or self.policy.row_queries(n) else (q, query)
+            every, places = self._remember(q, query, padded) if past or self.policy.row_queries(n) else (q, query)
             if past:
                 rows = self.policy.mass_queries(past + n)
                 mass = self._probs(every, read, places, position, step.scale, rows).sum(2) if rows else None
@@ -172,11 +177,14 @@ class RankedCache(Recording):
             self._store(view, self.policy.observe(state, view))
         return out
 
-    def _remember(self, q: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    def _remember(self, q: Tensor, query: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
         """The newest queries of the prompt so far, as many as the policy asks for at most, and their positions: kept."""
         most = max(self.policy.mass_queries(NO_LIMIT), self.policy.row_queries(NO_LIMIT))
         if self.tail is not None and self.tail_at is not None:
             q, query = torch.cat((self.tail, q), 2), torch.cat((self.tail_at, query), 1)
+            if padded and _gaps(query):  # a row that ended in an earlier piece still asks with its own last queries
+                order = (query >= 0).to(torch.int8).argsort(dim=-1, stable=True)
+                q, query = _turned(q, order), query.gather(1, order)
         self.tail, self.tail_at = (x.detach().clone() for x in (q[:, :, -most:], query[:, -most:]))
         return self.tail, self.tail_at
 
@@ -184,7 +192,8 @@ class RankedCache(Recording):
         """Attention of the newest `rows` queries over all slots, theirs last: ``[B, H, rows, S]``, 0 from padding."""
         q, query = q[:, :, -rows:], query[:, -rows:]
         n, m, g = q.shape[2], k.shape[2], k.shape[1]
-        mask = (position >= 0).unsqueeze(2) & causal_mask(n, m, q.device)  # [B, G, rows, S]
+        at = position.unsqueeze(2)
+        mask = (at >= 0) & (at <= query[:, None, :, None])  # [B, G, rows, S], by position: padding may lie anywhere
         extra = self.policy.visible(query, position)
         mask = mask if extra is None else mask & extra
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -688,6 +697,11 @@ def _best(worth: Tensor, position: Tensor, count: int) -> tuple[Tensor, Tensor]:
     order = position.argsort(-1, descending=True)
     best = worth.gather(-1, order).sort(dim=-1, descending=True, stable=True)
     return best.values[..., :count], order.gather(-1, best.indices[..., :count])
+
+
+def _gaps(position: Tensor) -> bool:
+    """Whether padding (-1) follows a real token in any row of ``[B, N]``."""
+    return bool(((position[:, :-1] >= 0) & (position[:, 1:] < 0)).any())
 
 
 def _turned(x: Tensor, order: Tensor) -> Tensor:
