@@ -10,6 +10,8 @@ Axes: B batch, H query heads, G key/value heads, P probe rows, N tokens, D head 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,16 +23,21 @@ from qkv.core.kernel import kernel, served
 def probe_rows(start: int, stop: int, recent: int, others: int, seed: int) -> list[int]:
     """Sorted places of the probes among start .. stop: the newest `recent` of them and `others` drawn from the rest."""
     cut = max(start, stop - recent)
+    return [start + i for i in _picked(cut - start, others, seed)] + list(range(cut, stop))
+
+
+@lru_cache(maxsize=32)
+def _picked(tokens: int, many: int, seed: int) -> tuple[int, ...]:
+    """`many` of so many tokens, sorted; all layers of a model draw the same."""
     draw = torch.Generator().manual_seed(seed)
-    picked = torch.randperm(cut - start, generator=draw)[:others].sort().values.tolist()
-    return [start + i for i in picked] + list(range(cut, stop))
+    return tuple(torch.randperm(tokens, generator=draw)[:many].sort().values.tolist())
 
 
 def in_kernels(q: Tensor, keys: Tensor) -> bool:
-    """Whether kernels compute the lse and masses of these probes."""
-    if not (served(q) and served(keys)) or q.dtype != keys.dtype:
+    """Whether kernels compute the lse and masses of these probes; without probes there is nothing to compute."""
+    if not q.shape[2] or q.shape[3] > WIDEST or q.dtype != keys.dtype:
         return False
-    return q.shape[3] <= WIDEST and not torch.compiler.is_compiling()
+    return served(q) and served(keys) and not torch.compiler.is_compiling()
 
 
 def probe_lse(q: Tensor, keys: Tensor, at: Tensor, *, scale: float) -> Tensor:

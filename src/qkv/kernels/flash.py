@@ -373,6 +373,8 @@ def _places(at: Tensor | None, mask: Tensor | None, q: Tensor, k: Tensor, who: s
     """Places as int32 ``[1|B, P]``, checked with the key mask ``[1|B, M]``."""
     (b, _, n, _), m = q.shape, k.shape[2]
     _check(q, k, k, False)
+    if not n or not m:
+        raise InvalidInput(f"{who} takes at least one probe and one key; got P={n}, M={m}")
     if at is not None and (at.shape not in ((n,), (1, n), (b, n)) or at.is_floating_point() or at.dtype == torch.bool):
         raise InvalidInput(
             f"{who} takes places, integers [P] or [1|B, P]; got {at.dtype} {tuple(at.shape)} for B={b}, P={n}"

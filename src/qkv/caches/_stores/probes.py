@@ -19,7 +19,7 @@ from qkv.caches._stores.dense import grown, resized
 def on_device(places: list[int], device: torch.device) -> Tensor:
     """Places as int64 on the device, which the host does not wait for."""
     x = torch.tensor(places, dtype=torch.int64)
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and places else x.to(device)
 
 
 class Probes:
