@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkv
 from qkv.caches._stores.dense import DenseCache
@@ -59,7 +61,7 @@ def feed(
 
 def held(layer: PrefixedCache) -> list[int]:
     """Lengths of the runs."""
-    return [run.length for run in layer._runs()]
+    return [run.length for run in layer.runs]
 
 
 def compare(got: Tensor, want: Tensor, padding: Tensor | None) -> None:
@@ -104,6 +106,62 @@ def test_the_reference_is_what_a_step_reads() -> None:
     want = reference(q[:, :, 7:], (k[:1, :, :6], v[:1, :, :6]), (k[:, :, 6:], v[:, :, 6:]), scale=D**-0.5)
     torch.testing.assert_close(got[:, :, 7:], want, rtol=0, atol=1e-12)
     assert held(layer) == [6]
+
+
+class Fresh(TorchDispatchMode):
+    """Sizes of tensors that operations make: those as wide as keys or values, and how many there are in all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide: list[int] = []
+        self.made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in pytree.tree_leaves(args) if isinstance(x, Tensor)}
+        for x in pytree.tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.made += 1
+                self.wide += [x.numel()] if x.shape[-1:] in ((D,), (E,)) else []
+        return out
+
+
+@pytest.mark.parametrize(
+    "lines", [[200 * "s" + i * 40 + 9 * "x" for i in "abcd"], ["." * i + (249 - i) * "s" for i in (0, 5)]]
+)
+def test_a_step_is_few_operations_that_copy_no_keys(lines: list[str]) -> None:
+    layer, text = memory(), texts(lines)
+    feed(layer, text, (240, 1))
+    assert held(layer)
+    with Fresh() as made:
+        feed(layer, text, (1,))
+    assert max(made.wide) <= len(lines) * H * max(D, E), "a query or an output of every row"
+    assert made.made <= 24  # some by the caller
+
+
+def test_rows_of_one_chain_are_rearranged_without_being_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, text = memory(), texts(["system-one", "system-two", "system-six"])
+    feed(layer, text, (7, 2))
+    rows = torch.tensor([2, 2, 0])
+    monkeypatch.setattr(Tensor, "tolist", lambda _: pytest.fail("the device was asked"))
+    layer.select(rows)
+    assert torch.equal(layer.keys, layer.keys[[0, 0, 2]]) and held(layer) == [7]  # type: ignore[index]
+
+
+def test_what_is_common_stays_so_where_room_was_reserved() -> None:
+    layer, plain, text = memory(), DenseCache(Geometry(H, G, D, E)), texts(["system" + 12 * x for x in "abc"])
+    layer.reserve(18)
+    feed(layer, text, (7, 5))
+    assert layer.keys is not None and layer.keys.shape[2] >= 12
+    for x in (plain, layer):
+        x.reserve(18)
+    feed(plain, text, (12,))
+    for x in (plain, layer):
+        x.select(torch.tensor([0, 0, 1]))
+    assert held(layer) == [6] and layer.width == 6
+    compare(feed(layer, text, (1, 1)), feed(plain, text, (1, 1)), None)
+    layer.select(torch.tensor([0, 1, 2, 2]))  # another number of rows: a step must be captured again anyhow
+    assert held(layer) == [6, 8]
 
 
 def test_a_row_that_is_repeated_shares_what_it_holds() -> None:

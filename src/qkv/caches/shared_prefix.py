@@ -7,8 +7,9 @@ A batch whose prompts begin alike (a system text, a document, few-shot examples)
 once. Texts that part later share as far as they go together: a tree. What is common is found by comparing what a prompt gives
 to the first site, never declared: a prompt that differs shares nothing and is served as by a plain cache.
 
-A decoding step multiplies all rows' queries with the shared keys at once, so these are read once instead of once per row. A
-prompt is computed row by row as ever, and stored layer by layer: at most one layer is held for every row.
+A decoding step multiplies all rows' queries with the shared keys at once, so these are read once instead of once per row; on
+CUDA it is three kernels a site (`qkv.kernels.prefixed`), captured as any static step: ``qkv.apply(..., graph=True)``. A prompt is
+computed row by row as ever, and stored layer by layer: at most one layer is held for every row.
 
 Axes: B batch, H query heads, G key/value heads, N queries, P shared keys, M own keys, D head width, E value width.
 The merged form is known from Hydragen (arXiv:2402.05099) and cascade attention; the tree from RadixAttention (2312.07104).

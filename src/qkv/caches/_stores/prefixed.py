@@ -8,25 +8,33 @@ Which tokens are common is found in a block of several tokens: the first site of
 token, where equal tokens are equal up to rounding; the others follow it, unless their own keys and values say that something
 else has made the rows differ. A row that is repeated (`select`) shares what it holds from then on.
 
+One token is read by few operations. Plainly: the logits of the run that all rows read, which are one product, and those of own
+tokens go through one softmax; only runs that some rows read are merged by lse. By kernels, on CUDA: `qkv.kernels.prefixed`, whose
+work list is made again when the partition changes. Where room was reserved the partition stays as the prompt has left it, so
+that steps can be captured.
+
 Axes: B batch, H query heads, G key/value heads, N new queries, S own columns, D head width, E value width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.caches._stores.dense import grown, rearranged, resized
 from qkv.caches._stores.shared import spread, together
 from qkv.core.attend import attend, sdpa
-from qkv.core.cache import Board, Geometry, LayerCache, Step
+from qkv.core.cache import Board, Geometry, LayerCache, Now, Step
 from qkv.core.errors import Refused, StateError
+from qkv.core.kernel import kernel, served
 from qkv.core.merge import merge
 
-FIRST, FOUND = "shared-prefix first", "shared-prefix found"
+FIRST, FOUND, ROWS = "shared-prefix first", "shared-prefix found", "shared-prefix rows"
+WIDEST, MOST = 256, 64  # channels of a head, and query heads of a group, that kernels are asked for
 
 
 class Fold(NamedTuple):
@@ -44,7 +52,8 @@ class Run:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = (x.clone(memory_format=torch.contiguous_format) for x in (keys, values))
         self.length = keys.shape[2]
-        self.index: Tensor | None = None  # rows that read it, where not all do
+        self.rows: list[int] = []  # that read it
+        self.index: Tensor | None = None  # the same on the device, where not all do
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the tokens held."""
@@ -77,17 +86,20 @@ class Run:
 class PrefixedCache(LayerCache):
     """Chains of runs, and own keys ``[B, G, capacity, D]`` and values ``[B, G, capacity, E]`` at positions ``[B, capacity]``.
 
-    shortest: fewest tokens that become a run.
+    shortest: fewest tokens that become a run. room: logical tokens to have room for, once it is known what is common.
     """
 
     def __init__(self, geometry: Geometry, shortest: int, who: str) -> None:
         self.geometry, self.shortest, self.who = geometry, shortest, who
         self.recording = False
+        # The table of the work list that a captured step reads: while it is held, no other list can lie at its address.
+        self.captured: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget everything (not the recording mode)."""
         self.chains: list[list[Run]] = []
+        self.runs: list[Run] = []  # of all chains, once each, those of a chain in order
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.place: Tensor | None = None  # int32 [B, capacity], -1 = padding
@@ -97,7 +109,9 @@ class PrefixedCache(LayerCache):
         self.loose = 0  # of these, as many of the newest are the newest logical columns
         self.prompt: int | None = None
         self.apart = False
+        self.room = 0
         self.seen = 0
+        self.work: tuple[tuple[Any, ...], Any] | None = None  # what the kernels' work list stands on, and the list
 
     def join(self, board: Board) -> None:
         """See `LayerCache.join`: the first to join decides what is common."""
@@ -128,7 +142,9 @@ class PrefixedCache(LayerCache):
         self._append(k.detach(), v.detach(), step)
         if step.compute is not None and whole is None:
             whole = self._whole()
-        if whole is None:
+        if whole is None and n == 1:
+            out = self._next(q, step.scale)
+        elif whole is None:
             out = self._read(q, step.scale)
         else:
             out = (step.compute or sdpa)(q, *whole, mask=mask, causal=True, scale=step.scale)
@@ -144,42 +160,155 @@ class PrefixedCache(LayerCache):
             self.keys, self.values = (x.new_empty(b, g, n, x.shape[3]) for x in (k, v))
             self.place = torch.empty(b, n, dtype=torch.int32, device=k.device)
         total = self.width + n
-        room = grown(self.keys.shape[2], total)
-        if room != self.keys.shape[2]:
+        if total > self.keys.shape[2]:
+            room = max(grown(self.keys.shape[2], total), self.width + self.room - self.seen)
             self.keys, self.values = (resized(x, room, self.width) for x in (self.keys, self.values))
             self.place = resized(self.place[:, None], room, self.width, -1)[:, 0]
-        self.keys[:, :, self.width : total] = k
-        self.values[:, :, self.width : total] = v
-        self.place[:, self.width : total] = step.position
+        if n == 1 and self._kernels(k):
+            kernel("prefixed:append")(k, v, step.position, self.keys, self.values, self.place, width=self.width)
+        else:
+            self.keys[:, :, self.width : total] = k
+            self.values[:, :, self.width : total] = v
+            self.place[:, self.width : total] = step.position
         self.real, self.gaps = step.padding, self.gaps or step.padding is not None
-        self.width, self.loose, self.seen = total, self.loose + n, self.seen + n
+        self._count(n)
+
+    def _count(self, n: int) -> None:
+        self.width, self.loose, self.seen = self.width + n, self.loose + n, self.seen + n
+
+    def _kernels(self, x: Tensor) -> bool:
+        """Whether kernels take one token of this site."""
+        at = self.geometry
+        return served(x) and max(at.head_dim, at.value_dim) <= WIDEST and at.heads <= MOST * at.kv_heads
 
     def _read(self, q: Tensor, scale: float) -> Tensor:
         """Every run for all its rows, then everybody's own, merged."""
-        assert self.keys is not None and self.values is not None and self.place is not None
-        b, parts, wide = q.shape[0], [], torch.promote_types(q.dtype, torch.float32)
-        for run in self._runs():
-            k, v = run.read()
-            if run.index is None:
-                out, lse = together(q, k, v, scale=scale)
-            else:
-                out, lse = spread(*together(q[run.index], k, v, scale=scale), run.index, b)
-            parts.append((out, lse.to(wide)))
-        mask = (self.place[:, None, None, : self.width] >= 0) if self.gaps else None
-        k, v = self.keys[:, :, : self.width], self.values[:, :, : self.width]
-        own = attend(q, k, v, mask=mask, causal=q.shape[2] > 1, scale=scale)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        own = attend(q, *self._held_own(), mask=self._mask(), causal=q.shape[2] > 1, scale=scale)
+        parts = [self._part(run, q, scale, wide) for run in self.runs]
         return merge(*parts, (own.out, own.lse.to(wide)))[0] if parts else own.out
+
+    def _part(self, run: Run, q: Tensor, scale: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What a run gives to all rows, nothing to those that do not read it; and its lse."""
+        k, v = run.read()
+        if run.index is None:
+            out, lse = together(q, k, v, scale=scale)
+        else:
+            out, lse = spread(*together(q[run.index], k, v, scale=scale), run.index, q.shape[0])
+        return out, lse.to(wide)
+
+    def _held_own(self) -> tuple[Tensor, Tensor]:
+        """Own keys and values in use."""
+        assert self.keys is not None and self.values is not None
+        return self.keys[:, :, : self.width], self.values[:, :, : self.width]
+
+    def _mask(self) -> Tensor | None:
+        """``[B, 1, 1, width]``: own columns that are no padding; None where all are."""
+        assert self.place is not None
+        return (self.place[:, None, None, : self.width] >= 0) if self.gaps else None
+
+    def _next(self, q: Tensor, scale: float) -> Tensor:
+        """One token, which is already among the own ones."""
+        assert self.keys is not None and self.values is not None and self.place is not None
+        if self._kernels(q):
+            place = self.place if self.gaps else None
+            return kernel("prefixed:prefixed_decode")(
+                q, self.keys, self.values, place, self._work(), width=self.width, scale=scale
+            )
+        if not self.runs:
+            return sdpa(q, *self._held_own(), mask=self._mask(), scale=scale)
+        common = [run for run in self.runs if run.index is None]
+        if len(common) != 1:
+            return self._read(q, scale)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out, lse = self._joint(q, common[0], scale, wide, len(self.runs) > 1)
+        if lse is None:
+            return out
+        others = [self._part(run, q, scale, wide) for run in self.runs if run is not common[0]]
+        return merge(*others, (out, lse))[0]
+
+    def _joint(
+        self, q: Tensor, run: Run, scale: float, wide: torch.dtype, merged: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One token over a run of all rows and own tokens in one softmax; its lse where it is to be merged."""
+        (b, h, _, d), (k, v), (own_k, own_v) = q.shape, run.read(), self._held_own()
+        g, p, w, e = k.shape[1], run.length, self.width, v.shape[3]
+        q = (q * scale).reshape(b, g, h // g, d)
+        shared = torch.bmm(q.transpose(0, 1).reshape(g, -1, d), k[0].mT).view(g, b, -1, p)
+        own = torch.bmm(q.view(b * g, -1, d), own_k.reshape(b * g, w, d).mT).view(b, g, -1, w)
+        mask = self._mask()
+        if mask is not None:
+            own = own.masked_fill(~mask, -torch.inf)
+        logits = torch.cat((shared, own.transpose(0, 1)), 3).to(wide)  # [G, B, R, P + W]
+        share = logits.softmax(-1).to(v.dtype)
+        out = torch.bmm(share.view(g, -1, p + w)[..., :p], v[0]).view(g, b, -1, e).transpose(0, 1)
+        mine = share[..., p:].transpose(0, 1).reshape(b * g, -1, w)
+        out = (out + torch.bmm(mine, own_v.reshape(b * g, w, e)).view(b, g, -1, e)).reshape(b, h, 1, e)
+        return out, logits.logsumexp(-1).transpose(0, 1).reshape(b, h, 1) if merged else None
+
+    # -- a step on static buffers -----------------------------------------------------------------------------------
+
+    def reserve(self, tokens: int) -> None:
+        """See `LayerCache.reserve`: own tokens get the room at the first step, when it is known what is common."""
+        self.room = tokens
+
+    def static(self) -> bool:
+        """On CUDA, with room for the token."""
+        return self.keys is not None and self.width < self.keys.shape[2] and self._kernels(self.keys)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, now: Now) -> Tensor:
+        """See `LayerCache.step`."""
+        assert self.keys is not None and self.values is not None and self.place is not None
+        work, behind = self._work(), self.seen - self.width
+        self.captured = work.table
+        where = {"width": behind, "cursor": now.cursor}
+        kernel("prefixed:append")(k, v, now.position, self.keys, self.values, self.place, **where)
+        self._count(1)
+        place = self.place if self.gaps else None
+        return kernel("prefixed:prefixed_decode")(q, self.keys, self.values, place, work, **where, scale=scale)
+
+    def advance(self) -> None:
+        """See `LayerCache.advance`."""
+        self._count(1)
+
+    def counters(self) -> dict[str, Any]:
+        """See `LayerCache.counters`."""
+        return {"seen": self.seen, "width": self.width, "loose": self.loose}
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Runs, own tokens, and the work list, which is another one whenever the partition is."""
+        return (self._work().table, *self._held()) if self.static() else ()
+
+    def _work(self) -> Any:
+        """The kernels' work list, made again when runs, rows or own buffers are other ones."""
+        assert self.keys is not None and self.values is not None and self.place is not None
+        own = (self.keys, self.values, self.place)
+        stands = (
+            *((x.data_ptr(), x.shape) for x in own),
+            self.seen - self.width,
+            self.gaps,
+            *((x.keys.data_ptr(), x.values.data_ptr(), x.keys.shape[2], x.length, tuple(x.rows)) for x in self.runs),
+        )
+        if self.work is None or self.work[0] != stands:
+            runs = [(run.keys, run.values, run.length, run.rows) for run in self.runs]
+            at, like = self.geometry, {"dtype": self.keys.dtype, "device": self.keys.device}
+            made = kernel("prefixed:work_list")(runs, len(self.chains), at.heads, at.kv_heads, **like)
+            self.work = stands, made
+        return self.work[1]
+
+    # -- everything at once -----------------------------------------------------------------------------------------
 
     def _whole(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all rows laid out by logical columns, for an attention that is not ours."""
         assert self.keys is not None and self.values is not None and self.place is not None
         b, g = self.keys.shape[:2]
+        real = self._real()
         outs = [x.new_zeros(b, g, self.seen, x.shape[3]) for x in (self.keys, self.values)]
         for row, chain in enumerate(self.chains):
             mine = self.place[row, : self.width] >= 0
             for which, (x, out) in enumerate(zip((self.keys, self.values), outs, strict=True)):
                 line = torch.cat([*(run.read()[which][0] for run in chain), x[row, :, : self.width][:, mine]], 1)
-                out[row, :, slice(None) if self.real is None else self.real[row]] = line
+                out[row, :, slice(None) if real is None else real[row]] = line
         return outs[0], outs[1]
 
     # -- what is common ---------------------------------------------------------------------------------------------
@@ -281,8 +410,7 @@ class PrefixedCache(LayerCache):
 
     def _tidy(self) -> None:
         """Runs that the same rows read one after the other become one; runs know who reads them."""
-        runs = self._runs()
-        for run in runs:
+        for run in self._listed():
             while True:
                 after = [c[c.index(run) + 1] for c in self.chains if run in c and c[-1] is not run]
                 if not after or self._readers(after[0]) != self._readers(run):
@@ -291,12 +419,14 @@ class PrefixedCache(LayerCache):
                 for chain in self.chains:
                     if after[0] in chain:
                         chain.remove(after[0])
-        for run in self._runs():
+        self.runs = self._listed()
+        for run in self.runs:
             rows = self._readers(run)
-            run.index = None if len(rows) == len(self.chains) else torch.tensor(rows, device=run.keys.device)
+            some = len(rows) != len(self.chains)
+            if rows != run.rows or some != (run.index is not None):
+                run.rows, run.index = rows, torch.tensor(rows, device=run.keys.device) if some else None
 
-    def _runs(self) -> list[Run]:
-        """All runs, once each, those of a chain in order."""
+    def _listed(self) -> list[Run]:
         return list({id(run): run for chain in self.chains for run in chain}.values())
 
     def _readers(self, run: Run) -> list[int]:
@@ -356,8 +486,8 @@ class PrefixedCache(LayerCache):
             self.width, self.loose = self.width - tokens, self.loose - tokens
         elif tokens:
             gone = [tokens] * len(self.chains)
-            if self.real is not None:
-                gone = self.real[:, self.seen - tokens :].sum(-1).tolist()
+            if (real := self._real()) is not None:
+                gone = real[:, self.seen - tokens :].sum(-1).tolist()
             self._straighten()
             lengths = self._lengths()
             for row, (many, own) in enumerate(zip(gone, lengths, strict=True)):
@@ -366,6 +496,12 @@ class PrefixedCache(LayerCache):
             self._tidy()
         self.seen -= tokens
         self.real = None if self.real is None else self.real[:, : self.seen]
+
+    def _real(self) -> Tensor | None:
+        """The padding mask of all columns: those that captured steps have added are none."""
+        if self.real is not None and self.real.shape[1] < self.seen:
+            self.real = F.pad(self.real, (0, self.seen - self.real.shape[1]), value=True)
+        return self.real
 
     def _shorten(self, row: int, tokens: int) -> None:
         """Take the newest `tokens` out of a row's chain."""
@@ -381,33 +517,53 @@ class PrefixedCache(LayerCache):
             tokens -= run.length
 
     def select(self, rows: Tensor) -> None:
-        """See `LayerCache.select`: what a repeated row holds becomes common, unless it is short."""
+        """See `LayerCache.select`: what a repeated row holds becomes common, unless it is short or steps may be captured."""
         if self.keys is None or self.values is None or self.place is None:
             return
-        picked = rows.tolist()
+        folds = self.width >= self.shortest and not self.recording and not (self.room and len(rows) == len(self.chains))
+        if folds or any(run.index is not None for run in self.runs):
+            self._rearrange(self._numbers(rows), folds)
+        elif len(rows) != len(self.chains):  # all rows hold the same chain: which are chosen need not be known here
+            self.chains = [list(self.chains[0]) for _ in range(len(rows))]
+            self._tidy()
+        self.keys, self.values = rearranged(self.keys, rows), rearranged(self.values, rows)
+        self.place = rearranged(self.place, rows)
+        if self.real is not None:  # the host's own mask: never written to
+            self.real = self.real.index_select(0, rows.to(self.real.device))
+
+    def _rearrange(self, picked: list[int], folds: bool) -> None:
         repeated = sorted({row for row in picked if picked.count(row) > 1})
-        if repeated and self.width >= self.shortest and not self.recording:
+        if repeated and folds:
             self._straighten()
             lengths = self._lengths()
             found = [Fold([row], 0, lengths[row]) for row in repeated if lengths[row] >= self.shortest]
             if found:
                 self._fold(found)
-        self.chains = [list(self.chains[row]) for row in picked]
-        self.keys, self.values = rearranged(self.keys, rows), rearranged(self.values, rows)
-        self.place = rearranged(self.place, rows)
-        if self.real is not None:  # the host's own mask: never written to
-            self.real = self.real.index_select(0, rows.to(self.real.device))
-        self._tidy()
+        chains = [list(self.chains[row]) for row in picked]
+        if chains != self.chains:
+            self.chains = chains
+            self._tidy()
+
+    def _numbers(self, rows: Tensor) -> list[int]:
+        """Rows as numbers; the device is asked once for all sites that are given the same tensor."""
+        if self.board is None or rows.is_inference():  # which does not tell whether it was written to
+            return rows.tolist()
+        notes = self.board.notes
+        known = notes.get(ROWS)
+        if known is None or known[0] is not rows or known[1] != rows._version:
+            notes[ROWS] = known = (rows, rows._version, rows.tolist())
+        return known[2]
 
     def _held(self) -> Iterator[Tensor]:
-        for run in self._runs():
+        for run in self.runs:
             yield from run.tensors()
         yield from (x for x in (self.keys, self.values, self.place) if x is not None)
 
     def bytes(self) -> int:
-        """Bytes of runs, own tokens and positions, unused capacity included, and of the host's padding mask."""
+        """Bytes of runs, own tokens, positions and the kernels' list, spare capacity included, and of the host's padding mask."""
         mask = 0 if self.real is None else self.real.untyped_storage().nbytes()
-        return mask + sum(x.numel() * x.element_size() for x in self._held())
+        work = 0 if self.work is None else self.work[1].table.nbytes
+        return mask + work + sum(x.numel() * x.element_size() for x in self._held())
 
     def kept(self) -> int:
         """The longest chain and the own columns."""
@@ -427,7 +583,7 @@ class PrefixedCache(LayerCache):
         """Runs by number, every row's chain of them (-1: no more), own tokens and the padding mask."""
         if self.keys is None or self.values is None or self.place is None:
             return {}
-        runs = self._runs()
+        runs = self.runs
         number = {id(run): i for i, run in enumerate(runs)}
         most = max(map(len, self.chains))
         chains = [[number[id(run)] for run in c] + [-1] * (most - len(c)) for c in self.chains]
@@ -438,7 +594,8 @@ class PrefixedCache(LayerCache):
         for i, run in enumerate(runs):
             for name, x in zip(("keys", "values"), run.read(), strict=True):
                 out[f"run.{i}.{name}"] = x.clone(memory_format=torch.contiguous_format)
-        return out if self.real is None else out | {"real": self.real.clone()}
+        real = self._real()
+        return out if real is None else out | {"real": real.clone()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `LayerCache.restore`."""
