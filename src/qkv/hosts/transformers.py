@@ -8,6 +8,7 @@ same tensors, does the work, because only it knows queries, mask and layer. Ever
 library is changed, and `revert` puts every reference back.
 
 This file is the surface. Beside it: `transformers_sites` (where attention is), `transformers_attention` (what runs there),
+`transformers_inline` (attention that a model computes in its own forward),
 `transformers_cache` (cache layers around our memories), `transformers_session` (hooks, states, adopting caches),
 `transformers_stack` (what fits, entering and going back), `transformers_saving` (folders).
 """

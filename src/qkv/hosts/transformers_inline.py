@@ -73,14 +73,18 @@ class Seam:
 
 def seam_of(module: nn.Module) -> Seam | None:
     """The seam of a module, or None; its forward must still take what was looked at."""
-    name = type(module).__module__
-    seam = (
-        SEAMS.get((name.rpartition(".")[2], type(module).__name__)) if name.startswith("transformers.models.") else None
-    )
+    return _known(type(module))[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _known(kind: type) -> tuple[Seam | None, inspect.Signature | None]:
+    """The seam of a class of modules and what its forward takes, looked up once."""
+    name = kind.__module__
+    seam = SEAMS.get((name.rpartition(".")[2], kind.__name__)) if name.startswith("transformers.models.") else None
     if seam is None:
-        return None
-    takes = set(inspect.signature(type(module).forward).parameters) - {"self", "kwargs"}
-    return seam if takes == seam.takes else None
+        return None, None
+    signature = inspect.signature(getattr(kind, "forward"))  # noqa: B009
+    return (seam if set(signature.parameters) - {"self", "kwargs"} == seam.takes else None), signature
 
 
 def weights_of(model: nn.Module, name: str) -> Weights:
@@ -134,10 +138,11 @@ def forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tu
     """As the module's own forward; its attention is the host's."""
     from qkv.hosts.transformers_attention import ATTRIBUTE, attention_function
 
-    bound = inspect.signature(type(module).forward).bind(module, hidden_states, *args, **kwargs)
+    seam, signature = _known(type(module))
+    assert seam is not None and signature is not None
+    bound = signature.bind(module, hidden_states, *args, **kwargs)
     given: dict[str, Any] = {k: v for k, v in bound.arguments.items() if k not in ("self", "hidden_states", "kwargs")}
-    seam, state = seam_of(module), module.__dict__.get(ATTRIBUTE)
-    assert seam is not None
+    state = module.__dict__.get(ATTRIBUTE)
     mask, cache = given.get("attention_mask"), given.get(seam.cache)
     if seam.hides and mask is not None:
         mask = None if not mask.numel() else ~mask
