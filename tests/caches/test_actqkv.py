@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -165,6 +167,40 @@ def test_layers_share_a_step() -> None:
             total += fetched
         assert total <= 4 * 4
     assert counts.sum() > 0.9 * 20 * 16 and counts[:2].sum() < counts[2:].sum()
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [1], [0, 0, 1, 1], None], ids=["swapped", "one", "repeated", "restored"])
+def test_what_layers_tell_each_other_follows_the_rows(rows: list[int] | None) -> None:
+    """Beams, repeated rows and a restored cache share a step as before: what the others spread belongs to the row."""
+    texts = [draw(170, 2, seed) for seed in range(3)]
+    texts[2][0][1] *= 12  # the rows of the last layer spread differently
+
+    def three() -> list[SelectiveCache]:
+        board, made = Board(), [memory(i, 3, budget=32) for i in range(3)]
+        for layer in made:
+            layer.join(board)
+        return made
+
+    before = three()
+    for layer, text in zip(before, texts, strict=True):
+        feed(layer, text, [160])
+    after = three() if rows is None else copy.deepcopy(before)
+    for old, new in zip(before, after, strict=True):
+        if rows is None:
+            new.restore(old.tensors())
+        else:
+            new.select(torch.tensor(rows))
+    picked = [0, 1] if rows is None else rows
+    for _ in range(6):
+        for old, new, text in zip(before, after, texts, strict=True):
+            want = feed(old, text, [1])[picked]
+            torch.testing.assert_close(feed(new, [x[picked] for x in text], [1]), want, rtol=0, atol=1e-12)
+
+
+def test_half_precision() -> None:
+    layer = memory()
+    q, k, v = (x.half() for x in draw(70, 2))
+    assert torch.isfinite(feed(layer, [q, k, v], [64, 1, 1])).all()
 
 
 def test_a_site_alone_reads_the_mean() -> None:

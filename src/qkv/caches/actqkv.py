@@ -33,12 +33,13 @@ import torch
 from torch import Tensor
 
 from qkv.core.cache import CacheSpec, Geometry, require
-from qkv.core.reader import FIRM, Blocks, Reader, Reading, Selection
+from qkv.core.reader import FIRM, TOLD, Blocks, Reader, Reading, Selection
 from qkv.core.spec import Limit, param
 
 EPS = 1e-6
 MOST = 2  # blocks of a layer, in means
 NOTE = "actqkv"
+PROMPT = f"{TOLD}{NOTE}.prompt"
 
 
 def activation_bias(x: Tensor, real: Tensor | None = None) -> Tensor:
@@ -171,7 +172,8 @@ class ActQKV(Reader):
         real = at >= 0
         q = rope.rotate(view.queries, -at.clamp(min=0)[:, None].expand(-1, h, -1))
         probe = self._probe(q, real).unsqueeze(2) if view.window else q
-        score = view.dots(view.features["mean"], probe).sum(1, keepdim=True)  # [B, 1, N or 1, P]
+        score = view.dots(view.features["mean"], probe)
+        score = score.to(torch.promote_types(score.dtype, torch.float32)).sum(1, keepdim=True)  # [B, 1, N or 1, P]
         last = (at.amax(1, keepdim=True) if view.window else at)[:, None, :, None]  # [B, 1, N or 1, 1]
         first = torch.where(real, at, view.count * c).amin(1)[:, None, None, None] if view.window else last
         block = torch.arange(view.count, device=at.device)
@@ -202,20 +204,20 @@ class ActQKV(Reader):
     def _tell(self, view: Reading, spread: Tensor, rows: Tensor) -> None:
         """The other layers learn how this one spreads ``[B]`` at the end of the prompt so far; rows: those that chose."""
         assert view.board is not None
-        known = view.board.setdefault(f"{NOTE}.prompt", {})
-        old = known.get(view.geometry.layer)
+        old = view.notes.get(PROMPT)
         old = torch.full_like(spread, torch.nan) if old is None or old.shape != spread.shape else old
-        known[view.geometry.layer] = torch.where(rows, spread, old)
+        view.notes[PROMPT] = torch.where(rows, spread, old)
+        view.board.setdefault(PROMPT, {})[view.geometry.layer] = view.notes[PROMPT]
         view.notes.pop("after", None)
 
     def _after(self, view: Reading, board: dict[str, Any], mean: Tensor) -> Tensor:
         """What the layers still to come weigh in all ``[B, 1]``; mean ``[B, N]`` of the layers so far, where none is known."""
         g, notes = view.geometry, view.notes
         if "after" not in notes:
-            known = {i: x for i, x in board.get(f"{NOTE}.prompt", {}).items() if i > g.layer}
-            fits = len(known) == g.layers - 1 - g.layer and all(x.shape == mean.shape[:1] for x in known.values())
-            total = sum(known.values(), torch.zeros_like(mean[:, 0]))
-            notes["after"] = total if fits else torch.full_like(total, torch.nan)
+            known = [x for i, x in board.get(PROMPT, {}).items() if i > g.layer]
+            fits = len(known) == g.layers - 1 - g.layer and all(x.shape == mean.shape[:1] for x in known)
+            none = torch.zeros_like(mean[:, 0])
+            notes["after"] = sum(known, none) if fits else torch.full_like(none, torch.nan)
         known = notes["after"][:, None]
         return torch.where(known.isnan(), mean * (g.layers - 1 - g.layer), known)
 

@@ -35,6 +35,7 @@ from qkv.core.errors import Refused
 from qkv.core.kernel import kernel
 
 LARGEST, FIRM = 3.0e38, 3.2e38  # of a worth; worth of what must be read
+TOLD = "told."  # how names of notes begin that the other sites may read: on the board under that name, by layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class Reading:
     ``[B, G, S, D]``, values ``[B, G, S, E]``: the store, S a multiple of `block`; a query may read slots <= its position, the
     others hold anything. features ``[B, G or H, P, ...]`` by name, valid for complete blocks. notes: tensors ``[B, ...]`` of this
     site, kept from call to call; replace entries, never write into them. board: of all sites of this cache, None for one that
-    stands alone.
+    stands alone; a note whose name begins with `TOLD` also lies there, ``board[name][layer]``, and follows the site's rows.
     most: blocks that any query reads at most by the budget (a host number: shapes depend on it). since: the earliest slot of this
     call in any row (a host number). whole: the call is a prompt that is read in full. at: the slot of the only query, the same in
     every row, where the host knows it, else None. slot32: the position of single tokens as int32 ``[B]`` where kernels serve them

@@ -23,10 +23,10 @@ from torch import Tensor
 from qkv.caches._stores.dense import grown, rearranged, resized
 from qkv.caches._stores.recording import Recording, cut
 from qkv.core.attend import sdpa
-from qkv.core.cache import Geometry, Now, Step
+from qkv.core.cache import Board, Geometry, Now, Step
 from qkv.core.errors import Refused, StateError
 from qkv.core.kernel import kernel, served
-from qkv.core.reader import Blocks, Reader, Reading, Selection, kept_blocks
+from qkv.core.reader import TOLD, Blocks, Reader, Reading, Selection, kept_blocks
 
 PIECE = 1 << 24  # gathered elements held at once
 
@@ -67,7 +67,24 @@ class SelectiveCache(Recording):
         self.prompt = None
         self.recording = False
         self.chosen: int | None = None  # slots, over heads, that the newest call gathered; None: it read everything
+        self._tell()
         self._forget_runs()
+
+    def join(self, board: Board) -> None:
+        """See `LayerCache.join`."""
+        self.board = board
+        self._tell()
+
+    def _tell(self) -> None:
+        """What the other sites may read of this one's notes lies on the board as it now is."""
+        if self.board is None:
+            return
+        for name, told in self.board.notes.items():
+            if name.startswith(TOLD):
+                told.pop(self.geometry.layer, None)
+        for name, x in self.notes.items():
+            if name.startswith(TOLD):
+                self.board.notes.setdefault(name, {})[self.geometry.layer] = x
 
     # -- one call -------------------------------------------------------------------------------------------------
 
@@ -567,6 +584,7 @@ class SelectiveCache(Recording):
         if seen != self.seen:
             self._truncate(seen)
         self.notes, self.queries = dict(notes), queries
+        self._tell()
 
     def select(self, rows: Tensor) -> None:
         """See `LayerCache.select`."""
@@ -579,6 +597,7 @@ class SelectiveCache(Recording):
                 setattr(self, name, rearranged(x, rows))
         self.features = {name: rearranged(x, rows) for name, x in self.features.items()}
         self.notes = {name: x.index_select(0, rows.to(x.device)) for name, x in self.notes.items()}
+        self._tell()
         order = rows.tolist()
         self.lengths, self.indexed = [self.lengths[r] for r in order], [self.indexed[r] for r in order]
 
@@ -650,6 +669,7 @@ class SelectiveCache(Recording):
         self.seen = max(self.lengths) if self.columns is None else self.columns.shape[1]
         self.features = {name[8:]: x for name, x in copies.items() if name.startswith("feature.")}
         self.notes = {name[5:]: x for name, x in copies.items() if name.startswith("note.")}
+        self._tell()
 
 
 def _kernels(q: Tensor, n: int) -> bool:
