@@ -132,6 +132,7 @@ def test_an_interrupted_run_goes_on(command: Any, book: Path, monkeypatch: Any) 
     monkeypatch.setattr(CausalLM, "loss", interrupted)
     code, _, err = command(*how, "--out", "cut")
     assert code == 130, err
+    assert "stopped at step 4 with a checkpoint; go on with --resume" in err
     assert [p.name for p in Path("cut/checkpoints").iterdir()] == ["checkpoint-4"] and not Path("cut/model").exists()
     assert command(*how, "--out", "cut", "--resume")[0] == 0 and len(calls) == 8
     assert command(*how, "--out", "whole")[0] == 0

@@ -41,6 +41,17 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+@contextmanager
+def said_how_to_go_on() -> Iterator[None]:
+    """A run that ends by Ctrl-C says where it stopped and what goes on with it, before the command ends."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        if stopped.args:
+            messages().print(Text(str(stopped).replace("resume=True", "--resume")), soft_wrap=True)
+        raise
+
+
 def fail(message: str) -> None:
     """Print an error for people to stderr."""
     console = messages()

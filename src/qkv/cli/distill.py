@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from qkv.cli._shared import DEVICE, DTYPE, JSON, SEED, load_model, parse_list, positive, print_json, screen
+from qkv.cli._shared import (
+    DEVICE,
+    DTYPE,
+    JSON,
+    SEED,
+    load_model,
+    parse_list,
+    positive,
+    print_json,
+    said_how_to_go_on,
+    screen,
+)
 
 EXAMPLES = (
     "qkv distill --teacher smollm2 --layers 0,5,10,15,20,25,29 --objective minilm --steps 200 --out runs/small",
@@ -55,7 +66,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT, if any.")] = False,
     seed: Annotated[int, SEED] = 0,
     dtype: Annotated[str | None, DTYPE] = None,
     device: Annotated[str | None, DEVICE] = None,
@@ -77,11 +88,12 @@ def command(
     train, held = _rows(small_words, text, length, rows)
     from qkv.distill import distill
 
-    done = distill(
-        big, small, method, train, out, tokenizer=small_words, teacher_tokenizer=words, max_length=length, resume=resume,
-        baselines=tuple(baseline or ()), evaluate=_scores(big, held), max_steps=steps, per_device_train_batch_size=batch,
-        learning_rate=positive(rate, "--rate"), seed=seed,
-    )  # fmt: skip
+    with said_how_to_go_on():
+        done = distill(
+            big, small, method, train, out, tokenizer=small_words, teacher_tokenizer=words, max_length=length, resume=resume,
+            baselines=tuple(baseline or ()), evaluate=_scores(big, held), max_steps=steps, per_device_train_batch_size=batch,
+            learning_rate=positive(rate, "--rate"), seed=seed,
+        )  # fmt: skip
     if json:
         print_json(
             {

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qkv.cli._shared import DEVICE, JSON, SEED, pick_device, positive, print_json, screen
+from qkv.cli._shared import DEVICE, JSON, SEED, pick_device, positive, print_json, said_how_to_go_on, screen
 
 EXAMPLES = (
     "qkv train -m gla --layers 6 --steps 2000 --out runs/gla",
@@ -58,7 +58,7 @@ def command(
     rate: Annotated[float, typer.Option("--rate", help="Highest learning rate.")] = 1e-3,
     every: Annotated[int, typer.Option("--every", min=1, help="Steps between checkpoints.")] = 200,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; weights stay in float32.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT, if any.")] = False,
     seed: Annotated[int, SEED] = 0,
     device: Annotated[str | None, DEVICE] = None,
     json: Annotated[bool, JSON] = False,
@@ -74,11 +74,12 @@ def command(
     sizes = {"width": width, "heads": heads, "kv_heads": kv_heads}
     make = _language(text, length) if images is None else _images(images, patch)
     model, data, evaluate = make(operators, sizes, parameters, seed)
-    done = train(
-        model, data, out, resume=resume, evaluate=evaluate, max_steps=steps, per_device_train_batch_size=batch,
-        learning_rate=positive(rate, "--rate"), save_steps=every, logging_steps=min(every, 50), bf16=bf16, seed=seed,
-        use_cpu=pick_device(device) == "cpu",
-    )  # fmt: skip
+    with said_how_to_go_on():
+        done = train(
+            model, data, out, resume=resume, evaluate=evaluate, max_steps=steps, per_device_train_batch_size=batch,
+            learning_rate=positive(rate, "--rate"), save_steps=every, logging_steps=min(every, 50), bf16=bf16, seed=seed,
+            use_cpu=pick_device(device) == "cpu",
+        )  # fmt: skip
     if json:
         print_json({"config": model.config.to_dict(), "model": done.path, "steps": done.steps, "loss": done.loss,
                     "scores": done.scores})  # fmt: skip

@@ -90,10 +90,10 @@ def train(
     """Train `model` in place on `data`; everything the run writes is under `out`, the model in ``out/model``.
 
     model: a `CausalLM` (items ``{"input_ids"}``: rows of tokens, each the target of the one before), a `ViT` or a `Pyramid`
-    (items ``{"pixel_values", "labels"}``). resume: go on from the newest checkpoint under `out`, or from the given one.
-    evaluate: asked about the model before and after; its numbers come back in `Outcome.scores`. progress: show a bar (default:
-    on a terminal). arguments: names of `transformers.TrainingArguments` (``max_steps`` is required;
-    ``per_device_train_batch_size``, ``learning_rate``, ``bf16``, ``use_cpu``, ...), the rest as in `RECIPE`.
+    (items ``{"pixel_values", "labels"}``). resume: go on from the newest checkpoint under `out` (begin where there is none
+    yet), or from the given one. evaluate: asked about the model before and after; its numbers come back in `Outcome.scores`.
+    progress: show a bar (default: on a terminal). arguments: names of `transformers.TrainingArguments` (``max_steps`` is
+    required; ``per_device_train_batch_size``, ``learning_rate``, ``bf16``, ``use_cpu``, ...), the rest as in `RECIPE`.
 
     Raises `TrainingError` (a run with another configuration, a loss that is not finite), `InvalidInput`, `InvalidParameter`,
     `UnknownName`, `SavedDataError`, `StorageError`.
