@@ -283,6 +283,26 @@ def test_no_kernel_is_taken_where_biases_are_added(method: str, monkeypatch) -> 
             generate(plain, ids)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["full", *SERVED])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_device_reads_what_the_cpu_reads(kind: str, method: str) -> None:
+    (ids, mask), logits = padded(), []
+    for device in ("cpu", "cuda"):
+        with qkv.applied(model_of(kind).to(device), method) as model, torch.no_grad():
+            x = {"attention_mask": mask.to(device), "use_cache": True}
+            cache, out = None, []
+            for piece in ids.to(device).split([12, 1, 1, 1, 7, 1], 1):
+                seen = sum(o.shape[1] for o in out) + piece.shape[1]
+                done = model(piece, past_key_values=cache, **x | {"attention_mask": x["attention_mask"][:, :seen]})
+                cache = done.past_key_values
+                out.append(done.logits)
+            logits.append(torch.cat(out, 1).cpu()[mask.bool()])
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=2e-3)
+    with pytest.raises(Refused, match="graph=True"):
+        qkv.apply(model_of(kind).cuda(), method, graph=True)
+
+
 # -- the rest of the contract ---------------------------------------------------------------------------------------
 
 
