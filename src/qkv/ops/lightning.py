@@ -7,7 +7,8 @@ r"""TransNormerLLM's token mixing: linear attention with fixed decays that diffe
 f is silu; in layer 0 it is followed by LRPE, x -> [x cos(p theta), x sin(p theta)] with theta over (head, channel) and p the
 absolute position of the token (padding not counted), which doubles the key width. No softmax, no denominator: SRMSNorm over all
 heads, the linear gate and the output projection follow in the layer. ``slopes="paper"`` is the rule of the paper's text,
-exp(-(8 h / H) (1 - l / L)); released weights use ``alibi``.
+exp(-(8 h / H) (1 - l / L)), which leaves open where h starts: at 1 here, so that every head decays. Released weights use
+``alibi``.
 
 State: S ``[B, H, D', E]``, D' = 2 D with LRPE, and the position ``[B]`` that LRPE goes on from.
 
