@@ -110,7 +110,7 @@ def _own(
     _closed(top, total, out, head * most + split, part_ptr, lse_ptr, fits, e, E)
 
 
-@triton.jit(do_not_specialize=["width", "shared", "most"])
+@triton.jit(do_not_specialize=["width", "shared", "most", "S", "p_b"])  # what changes while a model decodes
 def _parts(
     q_ptr, k_ptr, v_ptr, place_ptr, cursor_ptr, items_ptr, readers_ptr, part_ptr, lse_ptr,
     scale2, width, shared, most, G, R, S, D, E, k_b, k_g, v_b, v_g, p_b,
@@ -159,7 +159,7 @@ def _join(part_ptr, lse_ptr, count_ptr, out_ptr, most, H, E, SOME: tl.constexpr,
     tl.store(out_ptr + head * E + e, out.to(out_ptr.dtype.element_ty), mask=e < E)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["width", "place_b", "position_b"])
 def _append(
     k_ptr, v_ptr, position_ptr, keys_ptr, values_ptr, place_ptr, cursor_ptr,
     width, G, D, E, keys_b, keys_g, values_b, values_g, place_b, position_b,
@@ -214,8 +214,8 @@ def work_list(
     the rows that read them (every run of a row once).
 
     rows, heads, kv_heads: B, H, G. tile: queries that read a run at once, default: as many as there are, at most 64 in half
-    precision and 16 in float32. programs: among which the runs are divided, default: two a multiprocessor. Raises
-    `InvalidInput`.
+    precision (32 beyond 128 channels) and 16 in float32. programs: among which the runs are divided, default: two a
+    multiprocessor. Raises `InvalidInput`.
     """
     for keys, values, length, readers in runs:
         if not (keys.is_contiguous() and values.is_contiguous() and 0 < length <= keys.shape[2] == values.shape[2]):
@@ -229,7 +229,8 @@ def work_list(
     group = heads // kv_heads
     if tile is None:
         most = max((len(readers) for *_, readers in runs), default=1) * group
-        tile = min(triton.next_power_of_2(most), 64 if dtype.itemsize == 2 else 16)
+        wide = max((x.shape[3] for run in runs for x in run[:2]), default=1) > 128
+        tile = min(triton.next_power_of_2(most), 16 if dtype.itemsize > 2 else 32 if wide else 64)
     tile = max(16, tile, triton.next_power_of_2(group))
     at_once = tile // group  # rows of a tile
     splits = max(1, min(64, triton.cdiv(2 * units, rows * kv_heads)))
