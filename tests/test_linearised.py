@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qkv.convert._common.linearise import Linearisation, in_place, updated
 from qkv.convert._common.training import Keeper
 from qkv.core.cache import Step
 from qkv.core.conversion import Lessons
-from qkv.core.errors import InvalidParameter, Refused, SavedDataError, StateError, TrainingError
+from qkv.core.errors import InvalidInput, InvalidParameter, Refused, SavedDataError, StateError, TrainingError
 from qkv.layers._linearised import LinearisedProjections, LinearisedShape, Tokens, near, packed, softmax_features
 from qkv.layers._linearised_memory import LinearisedMemory
 from qkv.testing.conversions import logits, source
@@ -395,6 +396,36 @@ def test_a_training_that_was_cut_off_goes_on_bit_for_bit(cut: int, tmp_path: Pat
     twin, done = source(), []
     qkv.apply(twin, method, data=Lessons(batches=data, folder=folder, progress=lambda *x: done.append(x)))
     assert not done and all(torch.equal(twin.state_dict()[n], x) for n, x in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("cut", [2, 4, 5])
+def test_ctrl_c_ends_it_after_its_step_also_where_a_stage_ends(cut: int, tmp_path: Path) -> None:
+    """Two passes over two batches a stage: the fourth step is the transfer's last, and fine-tuning must not begin."""
+    method: Any = qkv.method("lizard", window=5, feature_dim=3, num_meta=2, transfer=2, tune=2, lora_rank=2)
+    data, whole, model = text()[:2], source(), source()
+    qkv.apply(whole, method, data=data)
+    steps: list[str] = []
+
+    def press(done: int, total: int, note: str) -> None:
+        steps.append(note)
+        if len(steps) == cut:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {(cut - 1) % 4 + 1} of 4"):
+        qkv.apply(model, method, data=Lessons(batches=data, folder=tmp_path / "training", progress=press))
+    assert len(steps) == cut and not hasattr(model, "_qkv")
+    qkv.apply(model, method, data=Lessons(batches=data, folder=tmp_path / "training"))
+    for name, x in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[name], x), name
+
+
+def test_tokens_of_another_vocabulary_are_refused() -> None:
+    data = text()[:2]
+    for shift in (10_000, -10_000):
+        other = [data[0], data[1] | {"input_ids": data[1]["input_ids"] + shift}]
+        for name in ("lizard:transfer=1,tune=0", "transmla:kv_rank=8,rope_dim=4"):
+            with pytest.raises(InvalidInput, match="batch 1: input_ids run from"):
+                qkv.apply(source(), name, data=other)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -349,7 +349,7 @@ class TransMLA(Conversion):
 
     def build(self, model: Any, sites: Sequence[Site], data: Any) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         """See `Conversion.build`."""
-        given = batches(data, self.id)
+        given = batches(data, self.id, model)
         scales = softmax_scales(model, sites, given[0], self.id)
         moments = record(model, sites, given, self.id, queries=self.q_rank is not None)
         tokens = min(m.tokens for m in moments.values())

@@ -92,8 +92,12 @@ class Conversion(Method):
         """
 
 
-def batches(data: Any, who: str) -> list[dict[str, Tensor]]:
-    """Calibration data as a list of model inputs (labels left out), checked. Raises `InvalidInput`."""
+def batches(data: Any, who: str, model: Any = None) -> list[dict[str, Tensor]]:
+    """Calibration data as a list of model inputs (labels left out), checked; also against `model`'s vocabulary, if given.
+
+    Raises `InvalidInput`.
+    """
+    words = None if model is None else getattr(model.get_input_embeddings(), "num_embeddings", None)
     data = data.batches if isinstance(data, Lessons) else data
     if data is None:
         raise InvalidInput(
@@ -113,6 +117,11 @@ def batches(data: Any, who: str) -> list[dict[str, Tensor]]:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point():
             raise InvalidInput(f"{who}: batch {i}: input_ids must be token numbers [B, T], got {tuple(ids.shape)}")
+        if words is not None and not ids.is_meta:
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= words:
+                raise InvalidInput(f"{who}: batch {i}: input_ids run from {low} to {high}, the model has {words} tokens; use its "
+                                   "own tokenizer")  # fmt: skip
         if mask is not None and tuple(mask.shape) != tuple(ids.shape):
             raise InvalidInput(
                 f"{who}: batch {i}: attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}"

@@ -71,7 +71,7 @@ class Linearisation(Conversion):
 
     def build(self, model: Any, sites: Sequence[Site], data: Any) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         """See `Conversion.build`; `data` may be `Lessons`, then training keeps checkpoints and goes on from them."""
-        rows = batches(data, self.id)
+        rows = batches(data, self.id, model)
         scales = softmax_scales(model, sites, rows[0], self.id)
         facts = {
             "method": self.to_dict(), "sites": [s.name for s in sites], "model": stack.fingerprint(model), "data": digest(rows),

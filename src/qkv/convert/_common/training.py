@@ -150,6 +150,6 @@ def descend(
                 keeper.progress(step + 1, len(todo), f"{stage}: loss {loss:.4g}")
             if asked or (step + 1) % keeper.every == 0 or step + 1 == len(todo):
                 keeper.save(stage, parameters, optimizer, losses)
-            if asked and step + 1 < len(todo):
+            if asked and (step + 1 < len(todo) or stage != keeper.stages[-1]):
                 raise KeyboardInterrupt(f"{stage}: stopped after step {step + 1} of {len(todo)}")
     return losses
