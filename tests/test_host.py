@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 import json
 
 import pytest
@@ -155,6 +156,34 @@ def test_a_conversation_goes_on_with_the_returned_cache(method: str) -> None:
         assert torch.equal(going_on, generate(model, history))
         twin = generate(model, ids, return_dict_in_generate=True).past_key_values
         assert torch.equal(generate(model, history, past_key_values=copy.deepcopy(twin)), going_on)
+
+
+@pytest.mark.parametrize(
+    "method", ["full", "h2o:budget=9", "kivi:group=4,residual=8", "quest:budget=9,block_size=3", "offload"]
+)
+def test_a_cache_filled_in_inference_mode_goes_on_outside(method: str) -> None:
+    model, ids = models.make("llama"), models.inputs("llama")["input_ids"]
+
+    def run(*modes: bool) -> torch.Tensor:
+        cache: Any = None
+        outs = []
+        for i, mode in enumerate(modes):
+            with torch.inference_mode(mode), torch.no_grad():
+                if i == 3:
+                    cache.reorder_cache(torch.arange(ids.shape[0]).flip(0))
+                out = model(ids if i == 0 else ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            outs.append(out.logits[:, -1].clone())
+        return torch.stack(outs)
+
+    with qkv.applied(model, method):
+        want = run(False, False, False, False, False)
+        for modes in [
+            (True, False, False, False, False),
+            (True, True, True, False, False),
+            (False, True, False, True, False),
+        ]:
+            torch.testing.assert_close(run(*modes), want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

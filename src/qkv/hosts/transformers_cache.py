@@ -33,6 +33,7 @@ class QKVLayer(DynamicLayer):
         self.record_past = False
         self.rows: int | None = None  # of the batch that it was filled with
         self.awaited = False  # a model that carries its session is about to fill it
+        self.frozen = False  # last written to in inference mode
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -52,10 +53,22 @@ class QKVLayer(DynamicLayer):
                 f"{self.state.site.name}: this cache holds {self.rows} rows and was given {key_states.shape[0]}; go on with the "
                 "rows that filled it, or choose among them with batch_select_indices"
             )
+        self._thaw()
+        self.frozen = torch.is_inference_mode_enabled()
         self.rows = key_states.shape[0]
         self.awaited = False
         handoff.pending = (self, key_states)
         return key_states, value_states
+
+    def _thaw(self) -> None:
+        """Make a memory that was filled in inference mode writable outside of it, where torch forbids writing in place."""
+        if not self.frozen or torch.is_inference_mode_enabled():
+            return
+        board = self.memory.board
+        self.memory = copy.deepcopy(self.memory, {} if board is None else {id(board): board})
+        if board is not None:
+            self.memory.join(board)
+        self.running, self.frozen = self.running.copy(), False
 
     def lost(self) -> str:
         """What is wrong when the attention function of this layer's site does not get the keys that went into it."""
@@ -92,6 +105,7 @@ class QKVLayer(DynamicLayer):
         tokens = -int(tokens_to_remove)
         if tokens < 0:
             raise InvalidInput(f"crop takes the number of tokens to remove as a negative count, got {-tokens}")
+        self._thaw()
         self.running.crop(tokens)
         self.decoded = None
         self.memory.crop(tokens)
@@ -118,6 +132,7 @@ class QKVLayer(DynamicLayer):
             self._select(torch.arange(rows).repeat_interleave(repeats))
 
     def _select(self, rows: Tensor) -> None:
+        self._thaw()
         self.running.select(rows)
         if self.decoded is not None:
             self.decoded = self.decoded.index_select(0, rows.to(self.decoded.device))
@@ -136,7 +151,7 @@ class QKVLayer(DynamicLayer):
         """A copy with a memory of its own at the same site of the same model."""
         twin = QKVLayer(copy.deepcopy(self.memory, memo), self.state)
         twin.running, twin.record_past, twin.decoded = self.running.copy(), self.record_past, self.decoded
-        twin.rows = self.rows
+        twin.rows, twin.frozen = self.rows, self.frozen
         return twin
 
 
