@@ -212,6 +212,21 @@ def test_training_gives_the_gradients_of_the_plain_model(checkpointing: bool) ->
         torch.testing.assert_close(gradient(), want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["full", "h2o:budget=9", "kivi:group=4,residual=8", "zipcache:regroup_every=8"])
+@pytest.mark.parametrize("new", [1, 4])
+def test_no_wrong_gradient_flows_back_through_a_filled_cache(method: str, new: int) -> None:
+    model, ids = models.make("llama"), models.inputs("llama")["input_ids"][1:]
+    with qkv.applied(model, method):
+        first = model(ids, use_cache=True)
+        later = model(ids[:, :new], past_key_values=first.past_key_values, use_cache=True)  # reading is allowed
+        assert torch.isfinite(later.logits).all()
+        with pytest.raises(Refused, match="no_grad"):
+            later.logits.sum().backward()
+        model.zero_grad()
+        model(ids, use_cache=True).logits.sum().backward()  # the prompt itself learns
+        assert all(p.grad is not None for p in model.parameters())
+
+
 def test_a_cpu_device_map_is_no_obstacle() -> None:
     accelerate = pytest.importorskip("accelerate")
     model, x = models.make("llama"), models.inputs("llama")

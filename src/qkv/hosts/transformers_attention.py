@@ -186,6 +186,22 @@ def _bias(state: SiteState, q: Tensor, k: Tensor, mask: Tensor | None) -> Linear
     return geometry.bias(position[:, m - n :], position[:, None])
 
 
+class _Forward(torch.autograd.Function):
+    """Attention that read a filled cache, ``(out, q, site) -> out``: what is stored has left the graph, so nothing flows back."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, q: Tensor, site: str) -> Tensor:
+        ctx.site = site
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise Refused(
+            f"{ctx.site}: a gradient reached attention that read a filled cache, whose tokens carry none; train on a text in one "
+            "call (use_cache=False), or decode under torch.no_grad()"
+        )
+
+
 def _cached(
     state: SiteState, layer: QKVLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
@@ -204,6 +220,8 @@ def _cached(
     position = session.positions(mask, seen, b, n, q.device)
     compute = state.compute(running=layer.running)
     out = memory.attend(q, k, v, Step(position, scale, padding, other, compute, True))
+    if seen and q.requires_grad and torch.is_grad_enabled():
+        out = _Forward.apply(out, q, state.site.name)
     tally = state.tally
     tally.seen, tally.bytes = memory.seen, memory.bytes()
     tally.full_bytes = memory.full_bytes(k, v)
