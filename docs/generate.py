@@ -246,6 +246,8 @@ def _call(spec: Spec) -> str | None:
         needed = [n for n, x in extras.items() if x.required or n in causal]
         return f"out = qkv.attention(q, k, v, method=m{''.join(f', {n}={n}' for n in needed)})"
     if spec.kind == "decoding":
+        if use := getattr(spec, "use", ""):
+            return use
         given = inspect.signature(spec.config.generate).parameters.values()  # pyright: ignore[reportAttributeAccessIssue]
         needed = [
             p.name for p in given if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name != "max_new_tokens"

@@ -110,15 +110,17 @@ class DecodingSpec(Spec):
 
     lossless: the tokens are those of plain decoding of the same model under the same applied methods, whatever else is given.
     samples: it takes a `Sampling` that is not greedy. caches: settings of applied methods under which the laws repeat
-    "lossless". example: ``example(model) -> {name: keywords of generate}`` for the laws' model: several where losslessness must
-    hold for any of them (a random draft, an adversarial one, the model itself). model: ``model(device, dtype, seed,
-    vocabulary)``, the laws' tiny model; None is a small random causal decoder. vocabulary of 5 is used for sampling.
+    "lossless". use: the lines of Python on its page that follow ``m = qkv.method(id)``, where what it needs is not plain from
+    the names of its keywords. example: ``example(model) -> {name: keywords of generate}`` for the laws' model: several where
+    losslessness must hold for any of them (a random draft, an adversarial one, the model itself). model: ``model(device, dtype,
+    seed, vocabulary)``, the laws' tiny model; None is a small random causal decoder. vocabulary of 5 is used for sampling.
     """
 
     kind: ClassVar[str] = "decoding"
     lossless: bool = False
     samples: bool = False
     caches: tuple[str, ...] = ()
+    use: str = ""
     example: Callable[[Any], Mapping[str, Mapping[str, Any]]]
     model: Callable[[str, torch.dtype, int, int], Any] | None = None
 

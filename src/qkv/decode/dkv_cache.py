@@ -487,6 +487,7 @@ class DelayedKVCache(Decoding):
         honest="kept keys and values are those of an earlier context: only refresh=1 (decode, greedy) is exact, and a batch of"
         " one gains little on a GPU",
         samples=True,
+        use="out = m.generate(model, input_ids, max_new_tokens=100)   # model: a bidirectional, masked language model",
         example=lambda model: {"plain": {}},
         model=_laws_model,
         trials=(

@@ -370,6 +370,7 @@ class Hogwild(Decoding):
         honest="whether workers help each other is up to the model: small ones do not collaborate, they only see what is written",
         limits=(Limit("full", {"layout": "private"}, "nothing shared: each worker decodes by itself"),),
         samples=True,
+        use="out = m.generate(model, input_ids, max_new_tokens=100, tokenizer=tokenizer)   # one prompt, shared by the workers",
         example=lambda model: {"plain": {}},
         trials=({}, {"form": "keys"}, {"layout": "contiguous"}, {"layout": "interleaved"}),
     )

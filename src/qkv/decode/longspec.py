@@ -84,6 +84,8 @@ class LongSpec(Decoding):
         lossless=True,
         samples=True,
         caches=("full",),
+        use="""draft = m.train(model, tokens, "runs/draft").draft   # tokens: a long text, one integer tensor
+out = m.generate(model, input_ids, max_new_tokens=100, draft=draft, eos_token_id=tokenizer.eos_token_id)""",
         example=examples,
         trials=({}, {"tree": (1, 1, 1)}),
     )

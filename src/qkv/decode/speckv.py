@@ -220,6 +220,8 @@ class SpecKV(Decoding):
         shown="a needle asked for at the end survives a quarter of the cache at least as often as with SnapKV",
         honest="it pays for the draft's guess before the first token, and a wrong guess keeps what the answer does not need",
         samples=True,
+        use='''# draft: a smaller model of the same tokenizer, or model
+out = m.generate(model, input_ids, max_new_tokens=100, draft=draft, eos_token_id=tokenizer.eos_token_id)''',
         example=examples,
         limits=(
             Limit("full", {"budget": 1.0, "prompt_budget": 1.0}, "everything kept: plain decoding"),

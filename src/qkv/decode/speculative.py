@@ -74,6 +74,8 @@ class Speculative(Decoding):
         lossless=True,
         samples=True,
         caches=("full", "h2o:budget=9", "streamingllm:sinks=2,window=7", "kivi:bits=4,group=8,residual=8"),
+        use="""# draft: a smaller model of the same tokenizer
+out = m.generate(model, input_ids, max_new_tokens=100, draft=draft, eos_token_id=tokenizer.eos_token_id)""",
         example=examples,
     )
     length: int = param(4, "tokens guessed in a row", low=1, high=1024)
