@@ -16,7 +16,7 @@ from qkv.core.errors import QKVError
 
 Run = Callable[[], dict[str, Any]]
 Summary = Callable[[list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]
-FREE = ("seeds", "tasks", "operators", "data", "list", "budget_seconds", "earlier")
+FREE = ("seeds", "tasks", "operators", "data", "list", "budget_seconds", "earlier", "device")
 """Settings that say which runs there are, and nothing of how one is made."""
 
 
@@ -38,8 +38,8 @@ def sweep(
     took: dict[Hashable, float] = {}
     parts = [_part(path, settings) for path in earlier]
     first: dict[str, dict[str, Any]] = {}  # of runs that several files have, the first file's counts
-    for part in parts:
-        first = {_name(run): run for run in part["runs"]} | first
+    for run in (run for part in parts for run in part["runs"]):
+        first.setdefault(_name(run), run)
     runs, made = list(first.values()), set(first)
     left: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []

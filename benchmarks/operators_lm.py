@@ -169,6 +169,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         groups.setdefault((run["task"], run["operator"], str(run.get("dial", ""))), []).append(run)
     for (task, name, dial), rows in groups.items():
         row: dict[str, Any] = {"operator": name, "seeds": len(rows)} | ({"dial": dial} if dial else {})
+        row |= {"device": rows[0]["device"]} if "device" in rows[0] else {}
         for key, first in rows[0].items():
             values = [r[key] for r in rows if key in r]
             if isinstance(first, bool):

@@ -14,16 +14,16 @@ TABLES = {
     ("operators_lm", "text"): (
         "Text",
         "A byte model of plays, equal parameters, steps and batches; loss on a play held out, in nats a byte, at the "
-        "length of training and at four times it. Speed is that of training; bytes are what one row holds while it "
-        "decodes.",
-        ("loss", "loss at 4 x length", "tokens per second", "decode bytes", "decode ms per token"),
+        "length of training and at four times it. Speed is that of training, on the device named; bytes are what one row "
+        "holds while it decodes.",
+        ("seeds", "loss", "loss at 4 x length", "tokens per second", "decode bytes", "decode ms per token", "device"),
     ),
     ("operators_lm", "recall"): (
         "Recall",
         "Multi-query associative recall: 16 pairs of key and value in 128 tokens, then keys are asked for. Whoever "
         "keeps everything can answer; the question is what a state of so many bytes still knows. Operators were trained "
         "at several sizes of their state.",
-        ("dial", "accuracy", "state bytes"),
+        ("dial", "seeds", "accuracy", "state bytes"),
     ),
     ("operators_vit", "digits"): (
         "Digits",
