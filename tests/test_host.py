@@ -587,3 +587,9 @@ def test_an_operator_of_sets_takes_the_padding_of_an_encoder(method: str) -> Non
         padded = forward(model, {"input_ids": torch.cat((ids[1:], ids[1:, :5]), 1),
                                  "attention_mask": torch.cat((mask[1:], 0 * mask[1:, :5]), 1)})  # fmt: skip
         torch.testing.assert_close(padded[:, :23], forward(model, {"input_ids": ids[1:]}), rtol=0, atol=1e-10)
+
+
+def test_a_refusal_names_every_reason_once() -> None:
+    plan = qkv.plan(models.make("gemma3"), "razorattention")
+    assert plan.refusal is not None
+    assert plan.refusal.count("sliding window") == 1 and "induction-echo" in plan.refusal

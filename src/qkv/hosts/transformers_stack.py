@@ -39,9 +39,11 @@ def judge(
         verdicts += mine
         accepted = [v.site for v in mine if v.reason is None]
         if not accepted and refusal is None:
-            refusal = (
-                f"no attention site of {type(model).__name__} accepts {method}: {mine[0].site.name}: {mine[0].reason}"
-            )
+            first: dict[str | None, str] = {}  # the sites of a model may refuse for reasons of their own
+            for verdict in mine:
+                first.setdefault(verdict.reason, verdict.site.name)
+            said = "; ".join(f"{name}: {reason}" for reason, name in list(first.items())[:3])
+            refusal = f"no attention site of {type(model).__name__} accepts {method}: {said}"
         if where != "all" and not callable(where) and len(accepted) < len(mine) and refusal is None:
             bad = next(v for v in mine if v.reason is not None)
             refusal = f"{bad.site.name}, which `where` names, refuses {method}: {bad.reason}"
