@@ -47,6 +47,7 @@ HYBRIDS = (
     ("miras:loss=lp,retention=norm,chunk_size=3", "miras:loss=l2,retention=softmax,chunk_size=2"),
     ("base-conv", "based", "sliding-window:window=3,sinks=0"),
     ("base-conv:kernel=5,expand=3",),
+    ("vq-gated-attention:heads=2,key_width=4,codebook_size=3,block_size=2,ssm_states=3", "base-conv"),
 )
 
 

@@ -8,7 +8,7 @@ fewer key/value heads than heads, each is read by a group of neighbouring heads,
 Causal mixers decode from a `State`: that of a recurrent operator, a ring of the newest tokens for a sliding window (both
 constant), all keys and values for other operators. Rows may be padded on the left.
 
-A `MixingLayer` (`base-conv`) stands in the same place with a module of its own.
+A `MixingLayer` (`base-conv`, `vq-gated-attention`) stands in the same place with a module of its own.
 
 Axes: B batch, N tokens, W width, H heads, G key/value heads, D key width, E value width, S stored slots.
 """
@@ -38,7 +38,8 @@ class MixingLayer(Layer):
     """Base of layers that mix the tokens of a causal sequence without an operator.
 
     Their modules are called as a `Mixer` is, ``module(x, padding=, state=, keep=) -> (out, State | None)``, and say whose states
-    they take (``owner``).
+    they take (``owner``). A module with ``mixes_stream`` is also given ``stream=`` (the block's residual stream, for None its
+    input) and ``losses=`` (a list for what it adds to a training loss), and returns the new stream instead of a change to it.
     """
 
 

@@ -133,7 +133,10 @@ class ModelConfig(SavedConfig):
 
 
 class Block(nn.Module):
-    """A mixer and a gated layer, each on the normalised residual stream."""
+    """A mixer and a gated layer, each on the normalised residual stream.
+
+    A mixer that says so (``mixes_stream``) is given the stream too and returns the new one: its gates decide what stays.
+    """
 
     def __init__(self, mixer: nn.Module, width: int, inner: int) -> None:
         super().__init__()
@@ -143,11 +146,15 @@ class Block(nn.Module):
         self.down = nn.Linear(inner, width, bias=False)
 
     def forward(
-        self, x: Tensor, *, padding: Tensor | None = None, state: State | None = None, keep: bool = False
-    ) -> tuple[Tensor, State | None]:
-        """Residual stream ``[B, N, W]`` and, when `keep`, the mixer's state after it."""
-        mixed, state = self.mixer(self.before(x), padding=padding, state=state, keep=keep)
-        x = x + mixed
+        self, x: Tensor, *, padding: Tensor | None = None, state: State | None = None, keep: bool = False,
+        losses: list[Tensor] | None = None,
+    ) -> tuple[Tensor, State | None]:  # fmt: skip
+        """Residual stream ``[B, N, W]`` and, when `keep`, the mixer's state after it. losses: takes what the mixer learns by."""
+        if getattr(self.mixer, "mixes_stream", False):
+            x, state = self.mixer(self.before(x), padding=padding, state=state, keep=keep, stream=x, losses=losses)
+        else:
+            mixed, state = self.mixer(self.before(x), padding=padding, state=state, keep=keep)
+            x = x + mixed
         y = self.between(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y)), state
 

@@ -84,11 +84,13 @@ class CausalLM(Saved):
             return sum(p.numel() for p in CausalLM(config).parameters())
 
     def forward(
-        self, ids: Tensor, *, padding: Tensor | None = None, state: State | None = None, keep: bool = False
-    ) -> Output:
+        self, ids: Tensor, *, padding: Tensor | None = None, state: State | None = None, keep: bool = False,
+        losses: list[Tensor] | None = None,
+    ) -> Output:  # fmt: skip
         """Logits of tokens ``[B, N]`` that follow those of `state`, and the state after them when `keep`.
 
-        padding: bool ``[B, N]``, True = real; rows are padded on the left, and only in the first call of a sequence. Raises
+        padding: bool ``[B, N]``, True = real; rows are padded on the left, and only in the first call of a sequence. losses: a
+        list for what layers add to the loss of a training pass (`vq-gated-attention`: how far keys lie from their codes). Raises
         `InvalidInput`, `StateError`.
         """
         self._check(ids)
@@ -98,7 +100,7 @@ class CausalLM(Saved):
         parts = [None] * len(self.blocks) if state is None else self._parts(state)
         x, after = self.embed(ids), {}
         for i, (block, part) in enumerate(zip(self.blocks, parts, strict=True)):
-            x, new = block(x, padding=padding, state=part, keep=keep)
+            x, new = block(x, padding=padding, state=part, keep=keep, losses=losses)
             if new is not None:
                 after |= {f"{i}.{name}": tensor for name, tensor in new.tensors.items()}
         logits = self.head(self.last(x))
@@ -107,8 +109,10 @@ class CausalLM(Saved):
         return Output(logits, State(self._owner, after, ids.shape[1] + (0 if state is None else state.seen)))
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean nats a token of targets ``[B, N]``; targets below 0 do not count."""
-        return F.cross_entropy(self(ids).logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        """Mean nats a token of targets ``[B, N]``, and in training what layers add; targets below 0 do not count."""
+        own: list[Tensor] = []
+        logits = self(ids, losses=own).logits
+        return sum(own, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1))
 
     @property
     def _owner(self) -> str:
