@@ -30,7 +30,7 @@ def sweep(
 ) -> dict[str, Any]:
     """Run the jobs (what it is, which others take as long, how to run it) in their order.
 
-    Runs of `earlier` files of the same comparison count as made; where nothing is left to run, so does their machine. A job
+    Runs of `earlier` files of the same comparison count as made; where nothing is run here, so does their machine. A job
     that would not end within `budget` seconds is left out, one that is refused or fails is named with its error. An error of the
     device itself spoils whatever would follow in this process: then the others are left out too.
     """
@@ -45,12 +45,13 @@ def sweep(
     failed: list[dict[str, Any]] = []
     about = {"settings": {k: v for k, v in settings.items() if k != "earlier"}, **environment(seed=0)}
     todo = [(job, alike, run) for job, alike, run in jobs if _name(job) not in made]
-    if parts and not todo:
-        about |= {k: parts[0][k] for k in ("machine", "versions", "commit")}
 
     def found() -> dict[str, Any]:
         devices = list(dict.fromkeys(run["device"] for run in runs))
-        return about | {"devices": devices, "summary": summary(runs), "runs": runs, "left out": left, "failed": failed}
+        facts = about
+        if parts and len(runs) == len(first):  # nothing was run here
+            facts = about | {k: parts[0][k] for k in ("machine", "versions", "commit")}
+        return facts | {"devices": devices, "summary": summary(runs), "runs": runs, "left out": left, "failed": failed}
 
     for job, alike, run in todo:
         since = time.monotonic()
