@@ -15,7 +15,7 @@ Called as a mixer, with two things more: `stream`, what f mixes with (a block's 
 that takes the commitment. The layer returns the new stream, to which the block adds nothing.
 
 Known from the abstract and public summaries alone. Ours: the state space and how it starts, values as wide as the model, several
-heads, a bias on f, LN on x before all of it, as the host's blocks have it, and every number; the attention is that of
+heads, a bias on f, the norm of x before all of it, which the host's blocks bring, and every number; the attention is that of
 Transformer-VQ (Lingle 2023). Causal only, as its operator: the sum over both directions of the paper's encoders is not here.
 
 State: ``memory`` ``[B, W, n, 2]`` of the state space, and the operator's: ``attention.counts``, ``means``, ``keys``, ...
@@ -139,7 +139,8 @@ class VQGatedAttention(MixingLayer):
         summary="A diagonal state space makes queries and keys, keys become codes that moving averages keep where keys are, and "
         "gates join what attention found with the stream; decodes from constant memory.",
         shown="as the layer of a byte model, against its operator alone and a codebook that never learns, see `longvq`",
-        honest="a state space, a window and gates model much of a short text by themselves: codes only add what lies before",
+        honest="a state space, a window and gates model much of a short text by themselves: in a small byte model a learnt "
+        "codebook lies near the keys but lowers the loss no further than a random one",
     )
     heads: int = param(1, "heads; each has keys and codes of its own", low=1)
     key_width: int = param(128, "D of every head", low=1)

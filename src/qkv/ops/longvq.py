@@ -8,10 +8,11 @@ r"""LongVQ's attention: keys from a codebook, so that the whole past before a wi
 Exact, because sum_j exp(scale q . C_{z_j}) v_j = sum_s exp(scale q . C_s) c_s ubar_s: it equals softmax attention over the
 quantised keys. ``window_exact`` keeps the keys of the window as they are. ``straight_through`` gives k the gradient of khat in
 the window (training of projections); otherwise quantised keys pass none on. Completed from the abstract and the mathematics of
-Transformer-VQ (Lingle 2023): block layout and defaults are ours. Not here, in no layer either: the structured memory that makes
-q and k, the gates around it, the codebook's moving averages. Models of this library learn the codebook as a parameter, from the
-scores of older codes alone: nothing draws codes to the keys, and sequences of one block do not train it. To place codes where
-keys are, fit them (k-means) and pass them as `codebook`. Keys must not be rotated by position, or they do not cluster.
+Transformer-VQ (Lingle 2023): block layout and defaults are ours. The structured memory that makes q and k, the gates around it
+and the codebook's moving averages are the layer `vq-gated-attention`. A model that takes the operator alone learns the codebook
+as a parameter, from the scores of older codes: nothing draws codes to the keys, and sequences of one block do not train it. To
+place codes where keys are, fit them (k-means) and pass them as `codebook`. Keys must not be rotated by position, or they do not
+cluster.
 
 State: per key head `counts` ``[B, G, S]`` and `means` ``[B, G, S, E]`` of the codes; the window's `keys` ``[B, G, 2 L, D]``
 (as they are scored), `values` and `codes`, slots 0..L-1 the previous block; `position` ``[B]``.
@@ -273,9 +274,10 @@ class LongVQ(Operator):
         source="abstract",
         summary="Keys take one of S values, so that softmax attention over all tokens before a window is a weighted mean per "
         "code, kept in constant memory; the window stays token by token with a learned bias.",
-        shown="A byte model with codes behind its window reaches a lower loss than with the window alone.",
+        shown="A byte model with codes behind its window reaches a lower loss than with the window alone; the whole layer, "
+        "`vq-gated-attention`, a lower one than this operator alone, with keys near their codes.",
         honest="Old tokens with the same code cannot be told apart; the codebook must fit the keys, and rotated keys do not "
-        "cluster. The operator alone: the paper's structured memory, gates and moving averages of the codebook are not here.",
+        "cluster. Alone, nothing keeps codes near keys: `vq-gated-attention` does.",
         trials=({"block_size": 3}, {"block_size": 4, "window_exact": True}, {"block_size": 8}),
         causal="only",
         cross=False,
