@@ -345,6 +345,19 @@ def test_a_run_that_was_cut_off_is_the_run_that_was_not(tmp_path: Any) -> None:
     assert not torch.equal(a["blocks.1.mixer.codebook.codes"], start["blocks.1.mixer.codebook.codes"])
 
 
+def test_resuming_without_the_sums_is_noticed(tmp_path: Any, monkeypatch: Any) -> None:
+    """Negative control: an average that checkpoints leave out makes another run."""
+    load = Codebook._load_from_state_dict
+
+    def forgetful(self: Codebook, *args: Any, **more: Any) -> None:
+        load(self, *args, **more)
+        self.sums = torch.zeros_like(self.sums)
+
+    monkeypatch.setattr(Codebook, "_load_from_state_dict", forgetful)
+    with pytest.raises(AssertionError):
+        test_a_run_that_was_cut_off_is_the_run_that_was_not(tmp_path)
+
+
 def test_a_loaded_codebook_is_not_placed_anew() -> None:
     one, other = built(), built()
     after(one)

@@ -139,8 +139,8 @@ class VQGatedAttention(MixingLayer):
         summary="A diagonal state space makes queries and keys, keys become codes that moving averages keep where keys are, and "
         "gates join what attention found with the stream; decodes from constant memory.",
         shown="as the layer of a byte model, against its operator alone and a codebook that never learns, see `longvq`",
-        honest="a state space, a window and gates model much of a short text by themselves: in a small byte model a learnt "
-        "codebook lies near the keys but lowers the loss no further than a random one",
+        honest="codes stand for what lies before the window, which a small byte model hardly uses: memory, window and gates "
+        "do most there by themselves",
     )
     heads: int = param(1, "heads; each has keys and codes of its own", low=1)
     key_width: int = param(128, "D of every head", low=1)
