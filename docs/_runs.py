@@ -143,7 +143,7 @@ def tables(run: Run) -> list[str]:
             out += [f"{context} tokens of context", "", *_whole(run.at(context)), ""]
     else:
         for title, groups in _by_budget(run):
-            out += [f"### {run.name}: {title}", "", *_overview(groups, run.contexts), ""]
+            out += [f"### {run.name}: {title}", "", *_overview(groups, run.contexts, title != NO_BUDGET), ""]
             for context, here in groups.items():
                 out += folded(f"All figures at {context} tokens", _whole(here))
     failed = sorted({(r.method, r.context, e) for r in run.records for e in r.errors})
@@ -193,8 +193,11 @@ def _round(share: float) -> float:
     return round(200 * share) / 200
 
 
-def _overview(groups: dict[int, list[Record]], contexts: Sequence[int]) -> list[str]:
-    """KL over the contexts, then what was held and found at the longest; best at the longest first."""
+def _overview(groups: dict[int, list[Record]], contexts: Sequence[int], share: bool) -> list[str]:
+    """KL over the contexts, then what was held and found at the longest; best at the longest first.
+
+    share: the records keep one share of the tokens, so that a method's settings at several contexts are one row.
+    """
     columns = [
         "method",
         *(f"KL at {c}" for c in contexts),
@@ -203,7 +206,7 @@ def _overview(groups: dict[int, list[Record]], contexts: Sequence[int]) -> list[
     ]
     every = [(c, r) for c, found in groups.items() for r in found]
     seen = Counter((family(r.method), c) for c, r in every)
-    several = {name for (name, _), n in seen.items() if n > 1}  # each setting under its own name
+    several = {name for (name, _), n in seen.items() if n > 1 or not share}  # each setting under its own name
     by: dict[str, dict[int, Record]] = {}
     for c, r in every:
         by.setdefault(r.method if family(r.method) in several else family(r.method), {})[c] = r
