@@ -214,7 +214,7 @@ def work_list(
     the rows that read them (every run of a row once).
 
     rows, heads, kv_heads: B, H, G. tile: queries that read a run at once, default: as many as there are, at most 64 in half
-    precision (32 beyond 128 channels) and 16 in float32. programs: among which the runs are divided, default: two a
+    precision (32 beyond 128 channels) and 16 in float32. programs: among which the runs are divided, default: one a
     multiprocessor. Raises `InvalidInput`.
     """
     for keys, values, length, readers in runs:
@@ -235,7 +235,7 @@ def work_list(
     at_once = tile // group  # rows of a tile
     splits = max(1, min(64, triton.cdiv(2 * units, rows * kv_heads)))
     total = sum(length * triton.cdiv(len(readers), at_once) for _, _, length, readers in runs) * kv_heads
-    share = max(128, triton.cdiv(triton.cdiv(total, programs or 2 * units), 64) * 64)  # keys of an item
+    share = max(128, triton.cdiv(triton.cdiv(total, programs or units), 64) * 64)  # keys of an item
     counts, items, told = [splits] * rows, [], []
     for keys, values, length, readers in runs:
         first = len(told)
