@@ -78,9 +78,9 @@ class CutsLate(RankedCache):
 class ScoresByPieces(RankedCache):
     """The last piece of a prompt is scored by its own queries alone."""
 
-    def _remember(self, q: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    def _remember(self, q: Tensor, query: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
         self.tail = self.tail_at = None
-        return super()._remember(q, query)
+        return super()._remember(q, query, padded)
 
 
 class EvictsEveryPiece(RankedCache):
@@ -145,7 +145,8 @@ class PaddingVotes(RankedCache):
     """Queries in the padding add to the scores."""
 
     def _run(self, *args: Any) -> Any:
-        return super()._run(*args[:-1], None)
+        *given, _, bias = args  # the places of the queries
+        return super()._run(*given, None, bias)
 
 
 class IdleRowsVote(RankedCache):
