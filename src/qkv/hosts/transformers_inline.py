@@ -77,13 +77,13 @@ def seam_of(module: nn.Module) -> Seam | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _known(kind: type) -> tuple[Seam | None, inspect.Signature | None]:
+def _known(kind: type[nn.Module]) -> tuple[Seam | None, inspect.Signature | None]:
     """The seam of a class of modules and what its forward takes, looked up once."""
     name = kind.__module__
     seam = SEAMS.get((name.rpartition(".")[2], kind.__name__)) if name.startswith("transformers.models.") else None
     if seam is None:
         return None, None
-    signature = inspect.signature(getattr(kind, "forward"))  # noqa: B009
+    signature = inspect.signature(kind.forward)
     return (seam if set(signature.parameters) - {"self", "kwargs"} == seam.takes else None), signature
 
 
