@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 
 import qkv
 from families import family
@@ -52,6 +53,8 @@ SEAMS = [
 
 @pytest.mark.parametrize("kind, more, needle", SEAMS)
 def test_a_family_without_the_seam_is_refused_by_its_name(kind: str, more: dict, needle: str) -> None:
+    if kind not in hf.CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {kind}")
     model = family(kind, **more)
     before = fingerprint(model)
     assert not qkv.plan(model, "full").ok and needle in str(qkv.plan(model, "full"))
@@ -82,6 +85,8 @@ def test_attention_over_latents_is_computed_by_patterns_and_refused_by_caches(ki
             assert torch.equal(generate(model, ids, mask), tokens)
     with qkv.applied(model, "sliding-window:window=5,sinks=1"):
         assert torch.equal(generate(model, ids, mask)[0, 23:], generate(model, ids[:1, 7:])[0, 16:])
+    if not hasattr(model.model.layers[0].self_attn, "expand_kv"):
+        return  # versions before 5.2x cache the keys and values themselves
     with pytest.raises(Refused, match="no keys and values to act on"):
         qkv.apply(model, "h2o")
 

@@ -152,6 +152,26 @@ def test_layers_read_ahead_for_each_other(tmp_path: Path, monkeypatch: pytest.Mo
     assert layers[0].seen == 10
 
 
+def test_copies_on_the_device_are_counted_once() -> None:
+    """Two are there at a time, so a sum over the layers, each asked when its call ends, must not count one for each."""
+    board, layers, tensors = Board(), [memory(None, i) for i in (0, 2, 5)], draw(12)
+    told = []
+    for layer in layers:
+        layer.join(board)
+    for i, layer in enumerate(layers):
+        feed(layer, tensors, [10])
+        layers[i - 1].ahead, layer.ahead = None, (tensors[1], tensors[2])  # as on a GPU
+        told.append((layer.bytes(), layer.resident()))
+    layers[0].ahead = (tensors[1], tensors[2])  # the last layer asks for the first one's
+    on_device = 2 * sum(x.numel() * x.element_size() for x in tensors[1:])
+    assert [r for _, r in told] == [0, 0, on_device // 2] and layers[2].resident() == on_device
+    stored = sum(layer.keys.bytes() + layer.values.bytes() for layer in layers)
+    assert sum(layer.bytes() for layer in layers) == stored + on_device
+    alone = memory(None)
+    alone.ahead = (tensors[1], tensors[2])
+    assert alone.resident() == on_device // 2
+
+
 def test_generation_on_disk_and_its_end_when_the_disk_goes(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

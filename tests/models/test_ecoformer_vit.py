@@ -34,6 +34,8 @@ def images(count: int = 4, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("name", ["ViT", "Dinov2"])
 def test_a_model_whose_queries_are_its_keys_does_not_change_under_softmax(name: str) -> None:
     net, x = vit(name), images()
+    if not any(hasattr(m, "q_proj") for m in net.modules()):
+        pytest.skip(f"this version of transformers names the projections of {name} otherwise")
     for part in (m for m in net.modules() if hasattr(m, "q_proj")):
         part.q_proj.load_state_dict(part.k_proj.state_dict())
     want = net(x).logits

@@ -93,7 +93,7 @@ class LongHeads(Reader):
         source="code",
         summary="Each head reads the chunks that fit its query, moved together so that no distance is longer than trained.",
         shown="beyond the trained length perplexity stays and passkeys are found, where full attention loses both",
-        honest="no memory is saved; a prompt is gathered query by query, and a chunk is chosen by one vector",
+        honest="no memory is saved, a prompt takes longer than in full, and a chunk is chosen by one vector",
         limits=(Limit("full", {"start_length": 1 << 20}, "texts no longer than start_length: exact attention"),),
         evicts=False,
         trials=({}, {"select": "kv_head"}),
@@ -167,8 +167,7 @@ class LongHeads(Reader):
         worth = view.dots(view.features["feature"], view.geometry.rope.rotate(view.queries, back))
         return view.grouped(worth, "sum") if self.select == "kv_head" else worth
 
-    def shift(self, view: Reading, slot: Tensor) -> Tensor:
-        """Chosen tokens stand side by side, the query on the last of them."""
-        real = slot >= 0
-        distance = real.sum(-1, keepdim=True) - real.cumsum(-1)
-        return (view.position[:, None, :, None] - distance - slot).masked_fill(~real, 0)
+    def shift(self, view: Reading, first: Tensor, tokens: Tensor) -> Tensor:
+        """Chosen chunks stand side by side, the query on their last token."""
+        distance = tokens.sum(-1, keepdim=True) - tokens.cumsum(-1) + tokens - 1  # of a chunk's first token
+        return (view.position[:, None, :, None] - distance - first).masked_fill(tokens == 0, 0)

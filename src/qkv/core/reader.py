@@ -324,11 +324,13 @@ class Reader(CacheMethod):
         reads = None if view.steady else self.reads(view.tokens)
         return view.best(self.rank(view), reads, sinks=self.sinks(), recent=self.recent())
 
-    def shift(self, view: Reading, slot: Tensor) -> Tensor | None:
-        """Positions by which each gathered key is rotated forward before it is read, or None (keys stay where they are).
+    def shift(self, view: Reading, first: Tensor, tokens: Tensor) -> Tensor | None:
+        """Positions ``[B, A, N, K]`` by which each chosen block is moved forward for its query; None: keys stay where they are.
 
-        slot: int64 ``[B, A, N or 1, K * C]`` in ascending order, -1 = not read. The query keeps its rotation, so a key that
-        should stand at distance d from its query moves by (query position - d) - slot. Needs `needs_rope` in `fits`.
+        first: int64 ``[B, A, N, K]`` first slots of the blocks, in ascending order; tokens, of the same shape: how many slots of
+        each are read, 0 = none. The query keeps its rotation, so a key that should stand at distance d from its query moves by
+        (query position - d) - slot. A reader that moves blocks chooses for every query by itself. Needs a rotary embedding in
+        `fits`.
         """
         return None
 

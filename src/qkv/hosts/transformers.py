@@ -28,7 +28,7 @@ from qkv.core.spec import Method
 from qkv.hosts import stack
 from qkv.hosts.stack import Call, Plan, Report, SiteState
 from qkv.hosts.transformers_attention import ATTRIBUTE, attention_function
-from qkv.hosts.transformers_cache import QKVLayer
+from qkv.hosts.transformers_cache import QKVLayer, take_back
 from qkv.hosts.transformers_saving import load_cache, restore, save, save_cache
 from qkv.hosts.transformers_session import Session, fresh_cache, session_of
 from qkv.hosts.transformers_sites import find_sites
@@ -36,7 +36,7 @@ from qkv.hosts.transformers_stack import Snapshot, enter, judge
 
 __all__ = [
     "QKVLayer", "apply", "attending", "attention_function", "captured", "carried", "fresh_cache", "load_cache", "observe", "plan",
-    "report", "restore", "revert", "save", "save_cache", "sites",
+    "report", "restore", "revert", "save", "save_cache", "sites", "take_back",
 ]  # fmt: skip
 
 

@@ -101,10 +101,15 @@ class QKVLayer(DynamicLayer):
         self.memory.record()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens (a count <= 0, as in transformers 5; some versions give it as a tensor)."""
-        tokens = -int(tokens_to_remove)
+        """Forget the newest tokens: a count <= 0 (some versions give it as a tensor), or the length to keep, as older
+        versions of transformers ask.
+        """
+        given = int(tokens_to_remove)
+        tokens = -given if given <= 0 else self.memory.seen - given
         if tokens < 0:
-            raise InvalidInput(f"crop takes the number of tokens to remove as a negative count, got {-tokens}")
+            raise InvalidInput(
+                f"crop: {given} tokens are to be left of {self.memory.seen}; give a count to remove (<= 0) or a length held"
+            )
         self._thaw()
         self.running.crop(tokens)
         self.decoded = None
@@ -153,6 +158,30 @@ class QKVLayer(DynamicLayer):
         twin.running, twin.record_past, twin.decoded = self.running.copy(), self.record_past, self.decoded
         twin.rows, twin.frozen = self.rows, self.frozen
         return twin
+
+
+RECORDS = hasattr(Cache, "activate_past_recording")
+"""Whether transformers itself tells caches that tokens may be taken back; before, `crop` is asked for a length."""
+
+
+def record_past(cache: Any) -> None:
+    """Later blocks of a cache are provisional until `take_back`."""
+    if RECORDS:
+        cache.activate_past_recording()
+        return
+    for layer in getattr(cache, "self_attention_cache", cache).layers:
+        if isinstance(layer, QKVLayer):
+            layer.activate_past_recording()
+
+
+def take_back(cache: Cache, tokens: int) -> None:
+    """Forget the newest `tokens` of a cache; the others of a recorded block are settled, also where it is none."""
+    if tokens or RECORDS:
+        cache.crop(-tokens)
+        return
+    for layer in cast(list[Any], cache.layers):  # an older version's own layers would take 0 for the length to keep
+        if isinstance(layer, QKVLayer):
+            layer.crop(0)
 
 
 class SavedCache(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.generation.configuration_utils import GenerationMode
 
 from qkv.caches._stores.dense import DenseCache
 from qkv.core.cache import Board
@@ -19,7 +20,7 @@ from qkv.core.errors import InvalidInput, NotApplied, Refused, StateError
 from qkv.core.site import Site
 from qkv.hosts.stack import Entry, SiteState
 from qkv.hosts.transformers_attention import ATTRIBUTE, NAME, register
-from qkv.hosts.transformers_cache import QKVLayer, handoff
+from qkv.hosts.transformers_cache import RECORDS, QKVLayer, handoff, record_past
 from qkv.hosts.transformers_inline import join, part
 from qkv.hosts.transformers_repair import Repairs
 from qkv.hosts.transformers_sites import find_sites, out_of_reach
@@ -282,8 +283,10 @@ def _prepare_cache(
             total = kwargs.get("max_cache_length", args[2] if len(args) > 2 else None)
             session.room = (total or generation_config.max_length) + 1
         session.adopt(cache, prompt=length if isinstance(length, int) and length > 0 else None)
-        if getattr(generation_config, "is_assistant", False):
-            cache.activate_past_recording()
+        mode = kwargs.get("generation_mode", args[0] if args else None)
+        assisted = mode == GenerationMode.ASSISTED_GENERATION and not RECORDS  # else the loop asks, after the prompt
+        if assisted or getattr(generation_config, "is_assistant", False):
+            record_past(cache)
     return out
 
 
@@ -322,5 +325,5 @@ def fresh_cache(model: PreTrainedModel, prompt: int, *, room: int = 0, record: b
             if isinstance(layer, QKVLayer):
                 layer.memory.reserve(room)
     if record:
-        cache.activate_past_recording()
+        record_past(cache)
     return cache

@@ -96,7 +96,9 @@ def _site(
             f"{type(module).__name__} does not go through transformers' attention interface, so there is no seam to reach "
             "its queries and keys"
         )
-        if _adds_alibi(module):
+        if hasattr(module, "has_relative_attention_bias"):
+            reason += ", and it adds a relative position bias to its logits, which qkv's attention forms do not compute"
+        elif _adds_alibi(module):
             reason += ", and it adds ALiBi biases to its logits, which qkv's attention forms do not compute"
     elif not heads or not width:
         reason = f"the geometry of {type(module).__name__} is unknown: found heads={heads}, head width={width}"

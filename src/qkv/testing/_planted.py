@@ -61,7 +61,8 @@ class PlantedAttention(nn.Module):
         q, k, v = (torch.einsum("bnw,hwd->bhnd", x, w) for w in (self.query, self.key, self.value))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        # transformers reads this line to learn that the model goes through its table.
+        # transformers reads this line to learn that the model goes through its table; older versions also look for the word
+        # eager_attention_forward in the file.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)  # pyright: ignore
         out, _ = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return torch.einsum("bnhd,hdw->bnw", out, self.out)

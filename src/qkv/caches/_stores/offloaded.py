@@ -138,6 +138,13 @@ class OffloadedCache(LayerCache):
         others[order[place - 1]].ahead = None
         others[order[(place + 1) % len(order)]].prefetch(device)
 
+    def _staged(self) -> list[OffloadedCache]:
+        """The layers whose copies on the device this layer answers for: all, if it is the last of several, else none."""
+        others = {} if self.board is None else self.board.notes.get(NOTE, {})
+        if len(others) < 2:
+            return [self]
+        return list(others.values()) if self.geometry.layer == max(others) else []
+
     def reserve(self, tokens: int) -> None:
         """See `LayerCache.reserve`."""
         self.room = tokens
@@ -160,13 +167,17 @@ class OffloadedCache(LayerCache):
         self.gaps = None if self.gaps is None else self.gaps.index_select(0, rows.to(self.gaps.device))
 
     def bytes(self) -> int:
-        """Bytes of the host's tensors or files, spare capacity included, and of what is on the device."""
+        """Bytes of the host's tensors or files, spare capacity included, and `resident`."""
         mask = 0 if self.gaps is None else self.gaps.untyped_storage().nbytes()
         return self.keys.bytes() + self.values.bytes() + self.resident() + mask
 
     def resident(self) -> int:
-        """Bytes of the history's copy on the device, while it is there; 0 on a CPU model."""
-        return 0 if self.ahead is None else sum(x.numel() * x.element_size() for x in self.ahead)
+        """Bytes of the copies on the device; 0 on a CPU model.
+
+        They pass from layer to layer, so the last layer counts them all: a sum over the layers, each asked at the end of its
+        call, is what was there when the last one's ended.
+        """
+        return sum(x.numel() * x.element_size() for layer in self._staged() for x in layer.ahead or ())
 
     def kept(self) -> int:
         """All tokens seen."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qkv.caches._stores.dense import grown, rearranged, resized
+from qkv.caches._stores.moved import attend_moved
 from qkv.caches._stores.recording import Recording, cut
 from qkv.core.attend import sdpa
 from qkv.core.cache import Board, Geometry, Now, Step
@@ -258,7 +259,10 @@ class SelectiveCache(Recording):
     def _view(self, q: Tensor, place: Tensor, scale: float, most: int = 1, whole: bool = False) -> Reading:
         """The call as the reader sees it; place ``[B, N]`` on the host, most: blocks that a query reads at most."""
         assert self.keys is not None and self.values is not None
-        c, used = self.block, -(-max(self.lengths) // self.block)
+        c, newest = self.block, int(place.max())
+        used = -(
+            -(newest + 1 if newest >= 0 else max(self.lengths)) // c
+        )  # a prompt's window does not see what is behind it
         at, since, position = None, self.seen - place.shape[1], place
         if self.columns is not None:
             real = place >= 0
@@ -383,6 +387,8 @@ class SelectiveCache(Recording):
             selection = Selection(torch.where(selection.valid, selection.index, own), selection.valid)
         b, _, n, _ = view.queries.shape
         shared = selection.index.shape[2] == 1
+        if moved and step.compute is None and not self.hosted:
+            return self._turned(view, selection, step.scale)
         per = 1 if shared else max(1, PIECE // (b * selection.index.shape[1] * selection.index.shape[3] * self.block
                                                 * view.keys.shape[3]))  # fmt: skip
         if shared or n <= per:
@@ -400,6 +406,26 @@ class SelectiveCache(Recording):
         return run(
             view.queries, self.keys, self.values, selection.marked(), view.slot32, block=self.block, scale=view.scale
         )[0]
+
+    def _steps(self, position: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Of blocks chosen by queries at `position` ``[B, N]``: first slots, and how many are read ``[B, A, N, K]``."""
+        first = selection.index * self.block
+        tokens = (position[:, None, :, None] + 1 - first).clamp(0, self.block)
+        return first, tokens if selection.valid is None else tokens.masked_fill(~selection.valid, 0)
+
+    def _turned(self, view: Reading, selection: Selection, scale: float) -> Tensor:
+        """Queries are turned instead of the keys that the reader moves."""
+        rope, (first, tokens) = self.geometry.rope, self._steps(view.position, selection)
+        shift = self.reader.shift(view, first, tokens)
+        assert self.keys is not None and self.values is not None and rope is not None and shift is not None
+        if self.watch is not None:
+            slot = first.unsqueeze(-1) + torch.arange(self.block, device=first.device)
+            listed = torch.where(slot < (first + tokens).unsqueeze(-1), slot, -1).flatten(3)
+            self.watch(Read(listed, shift.repeat_interleave(self.block, -1).masked_fill(listed < 0, 0)))
+        return attend_moved(
+            view.queries, self.keys, self.values, selection.index, tokens, shift, rope=rope, block=self.block, count=view.count,
+            scale=scale,
+        )  # fmt: skip
 
     def _piece(
         self, q: Tensor, position: Tensor, view: Reading, selection: Selection, step: Step, moved: bool
@@ -425,7 +451,12 @@ class SelectiveCache(Recording):
             listed = torch.where(read, slot, -1)  # [B, A, M, K C]
         if moved and listed is not None:
             part = dataclasses.replace(view, queries=q, position=position)
-            shift = self.reader.shift(part, listed)
+            shift = self.reader.shift(part, *self._steps(position, selection))
+            shift = (
+                None
+                if shift is None
+                else shift.repeat_interleave(c, -1)[..., : slot.shape[-1]].masked_fill(listed < 0, 0)
+            )
         if self.watch is not None:
             self.watch(Read(listed, shift))
         index = selection.index.to(self.keys.device)
@@ -433,8 +464,8 @@ class SelectiveCache(Recording):
         if seen is None:
             keys, values = keys[:, :, : slot.shape[-1]], values[:, :, : slot.shape[-1]]
         if shift is not None:
-            assert self.geometry.rope is not None and listed is not None
-            keys = self.geometry.rope.rotate(keys, shift.masked_fill(listed < 0, 0).flatten(2))
+            assert self.geometry.rope is not None
+            keys = self.geometry.rope.rotate(keys, shift.flatten(2))
         compute = step.compute or sdpa
         if m == 1:
             return compute(q, keys, values, mask=seen, causal=False, scale=step.scale)

@@ -95,7 +95,9 @@ class Target:
 
     def settle(self, rejected: int) -> None:
         """Forget the newest `rejected` columns; the others are certain."""
-        self.cache.crop(-rejected)
+        from qkv.hosts.transformers import take_back
+
+        take_back(self.cache, rejected)
 
     def _forward(self, **inputs: Any) -> Tensor:
         self.passes += 1

@@ -201,12 +201,15 @@ def speculation_is_greedy(case: Case) -> None:
         want = _generate(model, ids, mask, new=new)
         plain = qkv.report(model).calls
         for name, options in (
-            ("prompt-lookup", {"prompt_lookup_num_tokens": 3}),
+            (
+                "prompt-lookup",
+                {"prompt_lookup_num_tokens": 3, "eos_token_id": model.config.vocab_size},
+            ),  # 5.10 wants one
             ("assisted", {"assistant_model": assistant}),
         ):
             before = qkv.report(model).calls
             got = _generate(model, ids, mask, new=new, **options)
-            same(got.sequences, want.sequences, f"{name} decoding")
+            same(got.sequences[:, : want.sequences.shape[1]], want.sequences, f"{name} decoding")  # 5.10 adds a token
             calls = qkv.report(model).calls - before
             expect(
                 name != "assisted" or calls < plain,
