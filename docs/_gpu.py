@@ -540,6 +540,13 @@ SECTIONS: tuple[Section, ...] = (
         _decode,
     ),
     (
+        "decode_gpu_wide",
+        "A whole model decoding: eight rows of 131072 tokens",
+        "The same at the length where the cache is nearly all that is read. Transformers' static cache was left out: it takes "
+        "longer to compile and fill than this run was given. Other work ran on the host, on cores and a GPU of its own.",
+        _decode,
+    ),
+    (
         "attention_gpu",
         "One step of one attention site",
         "Everything that decoding does at a site, as a captured graph: the new token is stored, what is read is chosen, "

@@ -1,7 +1,7 @@
 """The page of kept runs of `qkv bench`: a figure of quality against cost, and tables that stay readable with many methods.
 
 A run is a folder below benchmarks/results/bench. It holds results.jsonl and command.txt, or folders that do: parts of one run
-that were taken one after another.
+that were taken one after another; note.md, where it stands beside them, is shown above the tables.
 """
 
 from __future__ import annotations
@@ -306,7 +306,9 @@ def page(folder: Path, needles: Path, note: str) -> tuple[str, dict[str, Run], d
     for name, run in runs.items():
         pictures, made = figures(run)
         files |= made
-        out += [f"## {name}", "", *shell(*run.commands), *pictures, *tables(run), ""]
+        words = folder / name / "note.md"
+        said = [words.read_text(encoding="utf-8").strip(), ""] if words.is_file() else []
+        out += [f"## {name}", "", *said, *shell(*run.commands), *pictures, *tables(run), ""]
     out += _needles(needles)
     return "\n".join(out).rstrip() + "\n", runs, files
 
