@@ -63,6 +63,31 @@ def _fold(
     return new, total * fade + tl.sum(p, 1), out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
 
 
+@triton.jit
+def _span(
+    q, k_base, v_base, p_base, s_base, low, high, scale2, R, D, E, k_c, v_c, r, d, e,
+    HAS_POSITION: tl.constexpr, HAS_SCORES: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EP: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of the queries over the keys low..high."""
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    out = tl.zeros((ROWS, EP), tl.float32)
+    c = tl.arange(0, BLOCK)
+    whole = low + (tl.maximum(high - low, 0) // BLOCK) * BLOCK
+    for at in range(low, whole, BLOCK):  # whole blocks: no bound to check, so loads are wide and run ahead
+        top, total, out = _fold(
+            q, top, total, out, k_base, v_base, p_base, s_base, at + c, high, scale2, R, D, E, k_c, v_c, r, d, e,
+            HAS_POSITION, HAS_SCORES, False, EVEN,
+        )  # fmt: skip
+    if whole < high:
+        top, total, out = _fold(
+            q, top, total, out, k_base, v_base, p_base, s_base, whole + c, high, scale2, R, D, E, k_c, v_c, r, d, e,
+            HAS_POSITION, HAS_SCORES, True, EVEN,
+        )  # fmt: skip
+    return top, total, out
+
+
 @triton.jit(do_not_specialize=["C"])
 def _split(
     q_ptr, k_ptr, v_ptr, length_ptr, start_ptr, position_ptr, scores_ptr, part_ptr, lse_ptr,
@@ -81,27 +106,17 @@ def _split(
     per = tl.cdiv(tl.cdiv(length - start, S), BLOCK) * BLOCK
     low = start + split * per
     high = tl.minimum(low + per, length)
-    r, d, e, c = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, EP), tl.arange(0, BLOCK)
+    r, d, e = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, EP)
     q_at = q_ptr + b.to(tl.int64) * q_b + (g * R + r)[:, None] * q_h + d[None, :]
     q = tl.load(q_at, mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    out = tl.zeros((ROWS, EP), tl.float32)
     k_base = k_ptr + b.to(tl.int64) * k_b + g.to(tl.int64) * k_g
     v_base = v_ptr + b.to(tl.int64) * v_b + g.to(tl.int64) * v_g
     p_base = position_ptr + b.to(tl.int64) * p_b + g * p_g
     s_base = scores_ptr + (pair.to(tl.int64) * R + r)[:, None] * C
-    whole = low + (tl.maximum(high - low, 0) // BLOCK) * BLOCK
-    for at in range(low, whole, BLOCK):  # whole blocks: no bound to check, so loads are wide and run ahead
-        top, total, out = _fold(
-            q, top, total, out, k_base, v_base, p_base, s_base, at + c, high, scale2, R, D, E, k_c, v_c, r, d, e,
-            HAS_POSITION, HAS_SCORES, False, EVEN,
-        )  # fmt: skip
-    if whole < high:
-        top, total, out = _fold(
-            q, top, total, out, k_base, v_base, p_base, s_base, whole + c, high, scale2, R, D, E, k_c, v_c, r, d, e,
-            HAS_POSITION, HAS_SCORES, True, EVEN,
-        )  # fmt: skip
+    top, total, out = _span(
+        q, k_base, v_base, p_base, s_base, low, high, scale2, R, D, E, k_c, v_c, r, d, e,
+        HAS_POSITION, HAS_SCORES, EVEN, ROWS, BLOCK, EP,
+    )  # fmt: skip
     safe = tl.where(total > 0, total, 1.0)
     out = out / safe[:, None]
     lse = tl.where(total > 0, top + tl.log2(safe), float("-inf"))

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkv.core.errors import InvalidInput
-from qkv.kernels.decode import LOG2E, _fold
+from qkv.kernels.decode import LOG2E, _span
 
 _FIELDS = 8  # of an item: addresses of keys and values, capacity, begin, end, first and last reader, which split it is
 
@@ -37,30 +37,6 @@ def _closed(top, total, out, at, part_ptr, lse_ptr, fits, e, E):
     tl.store(
         part_ptr + at[:, None] * E + e[None, :], out / safe[:, None], mask=(fits & some)[:, None] & (e < E)[None, :]
     )
-
-
-@triton.jit
-def _span(
-    q, k_base, v_base, p_base, low, high, scale2, R, D, E, k_c, v_c, r, d, e,
-    HAS_PLACE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EP: tl.constexpr,
-):  # fmt: skip
-    """Online softmax of the queries over the keys low..high."""
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    out = tl.zeros((ROWS, EP), tl.float32)
-    c = tl.arange(0, BLOCK)
-    whole = low + (tl.maximum(high - low, 0) // BLOCK) * BLOCK
-    for at in range(low, whole, BLOCK):
-        top, total, out = _fold(
-            q, top, total, out, k_base, v_base, p_base, p_base, at + c, high, scale2, R, D, E, k_c, v_c, r, d, e,
-            HAS_PLACE, False, False, EVEN,
-        )  # fmt: skip
-    if whole < high:
-        top, total, out = _fold(
-            q, top, total, out, k_base, v_base, p_base, p_base, whole + c, high, scale2, R, D, E, k_c, v_c, r, d, e,
-            HAS_PLACE, False, True, EVEN,
-        )  # fmt: skip
-    return top, total, out
 
 
 @triton.jit
@@ -84,7 +60,7 @@ def _shared(
     head = (row * G + g) * R + i % R
     q = tl.load(q_ptr + head[:, None] * D + d[None, :], mask=fits[:, None] & (d < D)[None, :], other=0.0)
     top, total, out = _span(
-        q, keys, values, place_ptr, low, high, scale2, R, D, E, D, E, i, d, e, False, EVEN, ROWS, BLOCK, EP,
+        q, keys, values, place_ptr, place_ptr, low, high, scale2, R, D, E, D, E, i, d, e, False, False, EVEN, ROWS, BLOCK, EP,
     )  # fmt: skip
     _closed(top, total, out, head * most + part + split, part_ptr, lse_ptr, fits, e, E)
 
@@ -104,8 +80,8 @@ def _own(
     head = pair.to(tl.int64) * R + i
     q = tl.load(q_ptr + head[:, None] * D + d[None, :], mask=fits[:, None] & (d < D)[None, :], other=0.0)
     top, total, out = _span(
-        q, k_ptr + b * k_b + g * k_g, v_ptr + b * v_b + g * v_g, place_ptr + b * p_b,
-        low, high, scale2, R, D, E, D, E, i, d, e, HAS_PLACE, EVEN, ROWS, BLOCK, EP,
+        q, k_ptr + b * k_b + g * k_g, v_ptr + b * v_b + g * v_g, place_ptr + b * p_b, place_ptr,
+        low, high, scale2, R, D, E, D, E, i, d, e, HAS_PLACE, False, EVEN, ROWS, BLOCK, EP,
     )  # fmt: skip
     _closed(top, total, out, head * most + split, part_ptr, lse_ptr, fits, e, E)
 

@@ -57,7 +57,7 @@ def shared(model: M, *, keep: int = 1, tie: Tie = "key", **settings: Any) -> M:
         )
     if not found:
         raise InvalidInput(f"ecoformer: no module of this {type(model).__name__} has the projections {', '.join(PROJECTIONS)} "
-                           "and a number of heads; give a vision transformer of transformers 5 (ViT, DeiT, later DINOv2)")  # fmt: skip
+                           "and a number of heads; give a vision transformer of transformers 5 (ViT, DeiT)")  # fmt: skip
     if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep < len(found):
         raise InvalidParameter(
             f"ecoformer: keep={keep!r} must be an int from 0 to {len(found) - 1}: one layer at least is exchanged"
