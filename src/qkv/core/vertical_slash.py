@@ -51,9 +51,16 @@ def _checked(probs: Tensor, position: Tensor, alpha: float) -> None:
 
 def _sums(probs: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """(mass of each vertical, of each slash) ``[H, M]``."""
-    offset = (position[:, None] - torch.arange(probs.shape[2], device=probs.device)).clamp(min=0)  # [P, M]
+    offset = _offsets(position, probs.shape[2])
     flat = torch.zeros(probs.shape[0], probs.shape[2], dtype=probs.dtype, device=probs.device)
     return probs.sum(1), flat.index_add(1, offset.reshape(-1), probs.flatten(1))
+
+
+def _offsets(position: Tensor, m: int) -> Tensor:
+    """Offset of each cell of rows at `position` ``[P]``, ``[P, M]``. Cells of the future have no mass, so any line may count them:
+    they are spread over all, because a device adds one after another what meets at one address.
+    """
+    return (position[:, None] - torch.arange(m, device=position.device)).remainder(m)
 
 
 def greedy_cover(probs: Tensor, position: Tensor, alpha: float) -> Lines:
@@ -85,7 +92,7 @@ def vertical_slash_cover(probs: Tensor, position: Tensor, alpha: float) -> Lines
     h, p, m = probs.shape
     mass = torch.cat(_sums(probs, position), 1)  # [H, 2 M]
     rank = mass.argsort(dim=1, descending=True, stable=True).argsort(1)
-    offset = (position[:, None] - torch.arange(m, device=probs.device)).clamp(min=0)
+    offset = _offsets(position, m)
     first = torch.minimum(
         rank[:, None, :m], rank[:, m:][:, offset.reshape(-1)].view(h, p, m)
     )  # line that covers a cell
