@@ -57,8 +57,10 @@ def _sums(probs: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _offsets(position: Tensor, m: int) -> Tensor:
-    """Offset of each cell of rows at `position` ``[P]``, ``[P, M]``. Cells of the future have no mass, so any line may count them:
-    they are spread over all, because a device adds one after another what meets at one address.
+    """Offset of each cell of rows at `position` ``[P]``: ``[P, M]``.
+
+    Cells of the future have no mass, so any line may count them: they are spread over all, because a device adds one after
+    another what meets at one address.
     """
     return (position[:, None] - torch.arange(m, device=position.device)).remainder(m)
 
