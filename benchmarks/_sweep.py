@@ -83,7 +83,7 @@ def _name(job: Mapping[str, Any]) -> str:
 
 def _part(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """An earlier file; its settings must be these. Its runs say on which device they were made."""
-    part = read_json(path)
+    part, settings = read_json(path), json.loads(json.dumps(settings, default=str))  # tuples come back as lists
     differ = {k for k in {*settings, *part["settings"]} - {*FREE} if part["settings"].get(k) != settings.get(k)}
     if differ:
         raise SystemExit(f"{path} was made with other settings: {', '.join(sorted(differ))}")

@@ -80,15 +80,18 @@ def run(settings: tuple[str, ...], name: str, seed: int, a: argparse.Namespace, 
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Mean and deviation over seeds, by data set and name; best first."""
+    """Mean and deviation over seeds, by data set and name; best first. Speeds are of one device: that of the first run."""
+    device = runs[0].get("device") if runs else None
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in runs:
         groups.setdefault((one["data"], one["operator"]), []).append(one)
     out: dict[str, list[dict[str, Any]]] = {}
     for (data, name), rows in groups.items():
         row: dict[str, Any] = {"operator": name, "seeds": len(rows)}
-        for key in ("accuracy", "loss", "images per second", "parameters"):
+        for key in ("accuracy", "loss", "parameters"):
             row[key] = statistics.fmean(r[key] for r in rows)
+        speeds = [r["images per second"] for r in rows if r.get("device") == device]
+        row["images per second"] = statistics.fmean(speeds) if speeds else None
         row["accuracy, deviation"] = statistics.stdev(r["accuracy"] for r in rows) if len(rows) > 1 else None
         row["captured"] = all(r["captured"] for r in rows)
         out.setdefault(data, []).append(row)
