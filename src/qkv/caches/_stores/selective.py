@@ -260,9 +260,8 @@ class SelectiveCache(Recording):
         """The call as the reader sees it; place ``[B, N]`` on the host, most: blocks that a query reads at most."""
         assert self.keys is not None and self.values is not None
         c, newest = self.block, int(place.max())
-        used = -(
-            -(newest + 1 if newest >= 0 else max(self.lengths)) // c
-        )  # a prompt's window does not see what is behind it
+        seen = newest + 1 if newest >= 0 else max(self.lengths)  # a prompt's window does not see what is behind it
+        used = -(-seen // c)
         at, since, position = None, self.seen - place.shape[1], place
         if self.columns is not None:
             real = place >= 0
@@ -423,8 +422,8 @@ class SelectiveCache(Recording):
             listed = torch.where(slot < (first + tokens).unsqueeze(-1), slot, -1).flatten(3)
             self.watch(Read(listed, shift.repeat_interleave(self.block, -1).masked_fill(listed < 0, 0)))
         return attend_moved(
-            view.queries, self.keys, self.values, selection.index, tokens, shift, rope=rope, block=self.block, count=view.count,
-            scale=scale,
+            view.queries, self.keys, self.values, selection.index.expand_as(tokens), tokens, shift, rope=rope, block=self.block,
+            count=view.count, scale=scale,
         )  # fmt: skip
 
     def _piece(
@@ -452,11 +451,8 @@ class SelectiveCache(Recording):
         if moved and listed is not None:
             part = dataclasses.replace(view, queries=q, position=position)
             shift = self.reader.shift(part, *self._steps(position, selection))
-            shift = (
-                None
-                if shift is None
-                else shift.repeat_interleave(c, -1)[..., : slot.shape[-1]].masked_fill(listed < 0, 0)
-            )
+            if shift is not None:
+                shift = shift.repeat_interleave(c, -1)[..., : slot.shape[-1]].masked_fill(listed < 0, 0)
         if self.watch is not None:
             self.watch(Read(listed, shift))
         index = selection.index.to(self.keys.device)
