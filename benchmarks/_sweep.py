@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qkv.bench.environment import environment, read_json, write_json
+from qkv.bench.environment import environment, plain, read_json, write_json
 from qkv.core.errors import QKVError
 
 Run = Callable[[], dict[str, Any]]
@@ -83,7 +83,7 @@ def _name(job: Mapping[str, Any]) -> str:
 
 def _part(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """An earlier file; its settings must be these. Its runs say on which device they were made."""
-    part, settings = read_json(path), json.loads(json.dumps(settings, default=str))  # tuples come back as lists
+    part, settings = read_json(path), json.loads(json.dumps(plain(settings)))  # tuples come back as lists
     differ = {k for k in {*settings, *part["settings"]} - {*FREE} if part["settings"].get(k) != settings.get(k)}
     if differ:
         raise SystemExit(f"{path} was made with other settings: {', '.join(sorted(differ))}")

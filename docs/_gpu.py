@@ -542,8 +542,8 @@ SECTIONS: tuple[Section, ...] = (
     (
         "decode_gpu_wide",
         "A whole model decoding: eight rows of 131072 tokens",
-        "The same at the length where the cache is nearly all that is read. Transformers' static cache was left out: it takes "
-        "longer to compile and fill than this run was given. Other work ran on the host, on cores and a GPU of its own.",
+        "The same at the length where the cache is nearly all that is read. Transformers' static cache was left out to "
+        "save time. Other work ran on the host, on cores and a GPU of its own.",
         _decode,
     ),
     (

@@ -13,6 +13,7 @@ import transformers as hf
 import models
 import qkv
 from qkv.core.errors import InvalidInput, NeverFired, NotApplied, Refused, SavedDataError, StateError, UnknownName
+from qkv.hosts import transformers_cache
 
 SINKS = "streamingllm:sinks=2,window=7,positions=original"
 CACHES = [SINKS, "streamingllm:sinks=2,window=7", "window:budget=9", "h2o:budget=9", "h2o:budget=0.4"]
@@ -131,6 +132,37 @@ def test_a_padded_row_is_the_row_alone(method: str) -> None:
         assert torch.equal(both[1], generate(model, ids[1:])[0])
         beams = generate(model, ids, mask, num_beams=3)
         assert torch.equal(beams[0, 23:], generate(model, ids[:1, 7:], num_beams=3)[0, 16:])
+
+
+def test_a_cache_is_cropped_by_a_count_or_to_a_length() -> None:
+    """Versions of transformers ask for either."""
+    model, ids = models.make("llama"), models.inputs("llama")["input_ids"][1:]
+    with qkv.applied(model, "full"), torch.no_grad():
+        caches = [model(ids, use_cache=True).past_key_values for _ in range(2)]
+        caches[0].crop(-4)
+        caches[1].layers[0].crop(19)
+        assert [c.layers[0].get_seq_length() for c in caches] == [19, 19]
+        with pytest.raises(InvalidInput, match="40 tokens are to be left of 19"):
+            caches[1].layers[0].crop(40)
+
+
+@pytest.mark.parametrize("method", ["h2o:budget=9", "full"])
+def test_speculation_of_ones_own_where_caches_are_not_told_of_it(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with transformers 5.10; a layer of its own is not emptied by taking nothing back."""
+    monkeypatch.setattr(transformers_cache, "RECORDS", False)
+    model, ids = models.make("llama"), models.inputs("llama")["input_ids"][1:]
+    with qkv.applied(model, method, where=[0, 1]), torch.no_grad():
+        one, two = (qkv.hosts.fresh_cache(model, 20, record=record) for record in (True, False))
+        for cache in (one, two):
+            model(ids[:, :20], past_key_values=cache)
+            if cache is one:
+                transformers_cache.take_back(cache, 0)
+        model(ids[:, 20:], past_key_values=one)  # a guess of three, of which the first is right
+        transformers_cache.take_back(one, 2)
+        model(ids[:, 20:21], past_key_values=two)
+        assert [layer.get_seq_length() for layer in one.layers] == [21, 21, 21]
+        last = [model(ids[:, 21:22], past_key_values=cache).logits for cache in (one, two)]
+        torch.testing.assert_close(*last, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", [*CACHES, "full"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 import qkv
 from qkv.caches._stores.selective import Read, SelectiveCache
 from qkv.caches.longheads import LongHeads, chunk_features, reference
-from qkv.core.attend import attend
+from qkv.core.attend import attend, sdpa
 from qkv.core.cache import Geometry, Rope, Step
 from qkv.core.errors import InvalidParameter, Refused
 
@@ -68,6 +70,15 @@ def test_texts_within_reach_are_read_in_full() -> None:
     short = feed(memory(), tensors, [60])
     torch.testing.assert_close(short[:, :, :20], want[:, :, :20], rtol=0, atol=1e-12)
     assert (short[:, :, 20:] - want[:, :, 20:]).abs().max() > 1e-2
+
+
+def test_keys_are_rotated_for_an_attention_of_others() -> None:
+    """Steering and patterns bring their own: they get queries as they are and keys where they stand."""
+    tensors, plain, other = draw(60), memory(), memory()
+    want = feed(plain, tensors, [50, *[1] * 10])
+    attend_whole = other._call
+    other._call = lambda q, k, v, step, whole: attend_whole(q, k, v, dataclasses.replace(step, compute=sdpa), whole)  # type: ignore[method-assign]
+    torch.testing.assert_close(feed(other, tensors, [50, *[1] * 10]), want, rtol=0, atol=1e-12)
 
 
 def test_what_is_read_and_how_far_it_stands() -> None:
