@@ -150,6 +150,14 @@ def test_pyramid_totals_and_slope(budget: Any, layers: int) -> None:
     assert [flat.slots_at(512, replace(SITE, layer=i, layers=5)) for i in range(5)] == [64] * 5
 
 
+@pytest.mark.parametrize("tokens", range(1, 70))
+def test_a_pyramid_of_few_tokens_keeps_one_in_every_layer(tokens: int) -> None:
+    for budget in (0.02, 0.2, 0.5, 0.9):
+        method = PyramidKV(budget=budget)
+        mine = [method.slots_at(tokens, replace(SITE, layer=i, layers=30)) for i in range(30)]
+        assert min(mine) >= 1 and sum(mine) == method.slots(tokens) * 30
+
+
 def test_a_flat_pyramid_is_snapkv() -> None:
     x, cuts = drawn(60), [50, *(1,) * 10]
     a = feed(PyramidKV(budget=20, window=5, beta=1.0).layer(SITE), x, cuts)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+import qkv
 from qkv.caches import quest, recycled, tidaldecode
 from qkv.core.attend import attend
 from qkv.core.cache import Board, Geometry, Rope, Step
-from qkv.core.errors import InvalidParameter, StateError
+from qkv.core.errors import InvalidParameter
 from qkv.testing import mutant
 
 B, H, G, D = 2, 6, 3, 8
@@ -92,6 +93,20 @@ def test_quest_needs_room_for_a_page() -> None:
         quest.Quest(budget=8, block_size=16)
 
 
+@pytest.mark.parametrize("method", ["quest:budget=0.25", "quest:budget=0.01,dense_layers=0"])
+def test_a_share_of_less_than_a_page_reads_the_own_page(method: str) -> None:
+    """Before the first page is full there are no bounds, and nothing to choose from."""
+    q, k, v = drawn(40)
+    layer: Any = qkv.method(method).layer(geometry())  # type: ignore[attr-defined]
+    for t in range(1, 41):
+        out, read = feed(layer, q, k, v, 1)
+        if t <= 16:
+            want = attend(q[:, :, t - 1 : t], k[:, :, :t], v[:, :, :t]).out
+            torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
+        elif "0.01" in method:
+            assert {s // 16 for s in read.slot.flatten().tolist() if s >= 0} == {(t - 1) // 16}
+
+
 # -- tidaldecode -----------------------------------------------------------------------------------------------------------
 
 
@@ -138,13 +153,28 @@ def test_all_layers_choosing_is_the_full_model() -> None:
 
 
 def test_a_choice_of_another_step_is_never_used() -> None:
-    layers, x = tidal(), drawn(32)
+    """Not of an earlier one, and not of one that was taken back and had the same place: the layer chooses for itself."""
+    layers, x, other = tidal(), drawn(32), drawn(32, seed=1)
     for layer in layers:
         feed(layer, *x, 30)
-    with pytest.raises(StateError, match="no layer below has chosen"):
-        feed(layers[2], *x, 1)
+        feed(layer, *x, 1)
+    assert feed(layers[2], *x, 1)[1].slot is None
+    for layer in layers:
+        layer.crop(layer.seen - 30)
+    for i, y in ((2, other), (4, x)):  # layer 3, the second that chooses, is not there
+        assert feed(layers[i], *y, 1)[1].slot is None
     with pytest.raises(InvalidParameter, match="lies among"):
         tidaldecode.TidalDecode(dense_layers=4, reselect=2)
+
+
+def test_the_next_layer_chooses_for_one_that_is_not_served() -> None:
+    """As in a model where most layers keep a sliding window: here 0, 2, 5 and 6 of 8 are served."""
+    layers, x = tidal(8, reselect=4), drawn(32)
+    served = [layers[i] for i in (0, 2, 5, 6)]
+    for layer in served:
+        feed(layer, *x, 30)
+    for _ in range(2):
+        assert [feed(layer, *x, 1)[1].slot is None for layer in served] == [True, True, True, False]
 
 
 def test_the_second_choice_is_two_fifths_deep() -> None:

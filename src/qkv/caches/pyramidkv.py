@@ -61,5 +61,5 @@ class PyramidKV(Snap):
         mean = self.slots(tokens)
         if mean >= tokens:
             return mean
-        window = self.window if mean >= self.window else mean // 2
+        window = self.window if mean >= self.window else max(1, mean // 2)
         return window + extra(mean - window, tokens - window, geometry.layer, geometry.layers, self.beta)

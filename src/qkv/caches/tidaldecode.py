@@ -6,6 +6,7 @@ With s = `dense_layers` and c = `reselect`, a decoding step attends at layer i t
     i = s or i = c   everything, and  rho_h = top-k_m (q_h . k_m), the own token included, is written down
     else             K[rho_h], V[rho_h] of the nearest such layer below, softmax over those alone
 
+Where a layer is not served (it keeps a sliding window of its own, or `where` leaves it out) the next one that is chooses for it.
 A prompt is read in full everywhere; nothing is evicted. The choice lives on the board of the cache for one step and is never
 used by another step. Logits are compared before the softmax, per query head; ``share="kv_head"`` takes their largest over a KV
 group, so that keys and values are read once.
@@ -26,7 +27,6 @@ from typing import Any, ClassVar, Literal, final
 from torch import Tensor
 
 from qkv.core.cache import CacheSpec, Geometry, require
-from qkv.core.errors import StateError
 from qkv.core.reader import Reader, Reading, Selection
 from qkv.core.spec import Limit, budget_param, param
 
@@ -84,10 +84,13 @@ class TidalDecode(Reader):
             f"tidaldecode: reselect={self.reselect} lies among the first dense_layers={self.dense_layers} layers",
         )
 
+    def again(self, geometry: Geometry) -> int:
+        """The layer of the second choice."""
+        return round(0.4 * geometry.layers) if self.reselect is None else self.reselect
+
     def chooses(self, geometry: Geometry) -> bool:
-        """Whether this layer reads everything and writes down what the next ones read."""
-        again = round(0.4 * geometry.layers) if self.reselect is None else self.reselect
-        return geometry.layer in (self.dense_layers, again) and geometry.layer >= self.dense_layers
+        """Whether this layer reads everything and writes down what the next ones read, where every layer is served."""
+        return geometry.layer in (self.dense_layers, self.again(geometry)) and geometry.layer >= self.dense_layers
 
     def repairs(self) -> int | None:
         """See `CacheMethod.repairs`."""
@@ -107,13 +110,10 @@ class TidalDecode(Reader):
         if view.board is None:
             return super().choose(view)
         call: Any = (view.since, view.position.shape)
-        if self.chooses(view.geometry):
-            view.board[BOARD] = (call, super().choose(view))
-            return None
-        made, selection = view.board.get(BOARD, (None, None))
-        if made != call:
-            raise StateError(
-                f"tidaldecode at layer {view.geometry.layer}: no layer below has chosen in this step; apply it to the layer "
-                f"{self.dense_layers} too (where='all')"
-            )
-        return selection
+        layer = view.geometry.layer
+        made, by, selection = view.board.get(BOARD, (None, layer, None))
+        ours = made == call and by < layer  # by a layer below, in this step
+        if ours and not (self.chooses(view.geometry) or by < self.again(view.geometry) <= layer):
+            return selection
+        view.board[BOARD] = (call, layer, super().choose(view))
+        return None

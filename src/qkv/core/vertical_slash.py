@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkv.core.attend import sdpa
+from qkv.core.attend import WIDEST, sdpa
 from qkv.core.errors import InvalidInput
+from qkv.core.kernel import kernel, served
 
 CHUNK = 64  # queries that share one list of keys
+CELLS = 1 << 26  # of exact sampled rows held at once
 
 
 class Lines(NamedTuple):
@@ -49,36 +51,30 @@ def _checked(probs: Tensor, position: Tensor, alpha: float) -> None:
         raise InvalidInput(f"a cover takes alpha in (0, 1], the share of mass to be covered; got {alpha}")
 
 
-def _sums(probs: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """(mass of each vertical, of each slash) ``[H, M]``."""
-    offset = _offsets(position, probs.shape[2])
-    flat = torch.zeros(probs.shape[0], probs.shape[2], dtype=probs.dtype, device=probs.device)
-    return probs.sum(1), flat.index_add(1, offset.reshape(-1), probs.flatten(1))
+def _places(position: Tensor, m: int) -> Tensor:
+    """Offset of each cell of rows at `position` ``[P]``, and as well the key at each offset: ``[P, M]``, below 0 = none."""
+    return position[:, None] - torch.arange(m, device=position.device)
 
 
-def _offsets(position: Tensor, m: int) -> Tensor:
-    """Offset of each cell of rows at `position` ``[P]``: ``[P, M]``.
-
-    Cells of the future have no mass, so any line may count them: they are spread over all, because a device adds one after
-    another what meets at one address.
-    """
-    return (position[:, None] - torch.arange(m, device=position.device)).remainder(m)
+def _along(x: Tensor, place: Tensor) -> Tensor:
+    """``[H, P, M]`` by key as one by offset, 0 where a row has no such offset, or the other way round."""
+    held = x.gather(2, place.clamp(min=0).expand(x.shape[0], -1, -1))
+    return held.masked_fill_(place < 0, 0)
 
 
 def greedy_cover(probs: Tensor, position: Tensor, alpha: float) -> Lines:
     """The definition, one line at a time: probs ``[H, P, M]`` causal softmax rows at positions ``[P]``."""
     _checked(probs, position, alpha)
-    (h, p, m), column = probs.shape, torch.arange(probs.shape[2])
+    h, p, m = probs.shape
     vertical, slash = (torch.zeros(h, m, dtype=torch.bool) for _ in range(2))
     covered = torch.zeros(h, dtype=probs.dtype)
     for head in range(h):
         left = probs[head].detach().cpu().clone()
-        at = position.cpu()[:, None] - column  # [P, M] offset of each cell
+        at = _places(position.cpu(), m)
         while covered[head] < alpha * p and float(left.max()) > 0:
-            v, s = _sums(left[None], position.cpu())
-            best, line = torch.cat((v, s), 1).max(1)
+            best, line = torch.cat((left.sum(0), _along(left[None], at)[0].sum(0))).max(0)
             line = int(line)
-            covered[head] += best[0]
+            covered[head] += best
             if line < m:
                 vertical[head, line] = True
                 left[:, line] = 0
@@ -91,18 +87,19 @@ def greedy_cover(probs: Tensor, position: Tensor, alpha: float) -> Lines:
 def vertical_slash_cover(probs: Tensor, position: Tensor, alpha: float) -> Lines:
     """The fast form; see the module. Raises `InvalidInput`. At alpha = 1 every line with any mass is kept."""
     _checked(probs, position, alpha)
-    h, p, m = probs.shape
-    mass = torch.cat(_sums(probs, position), 1)  # [H, 2 M]
-    rank = mass.argsort(dim=1, descending=True, stable=True).argsort(1)
-    offset = _offsets(position, m)
-    first = torch.minimum(
-        rank[:, None, :m], rank[:, m:][:, offset.reshape(-1)].view(h, p, m)
-    )  # line that covers a cell
-    gain = torch.zeros_like(mass).scatter_add_(1, first.flatten(1), probs.flatten(1))
+    (_, p, m), place = probs.shape, _places(position, probs.shape[2])
+    turned = _along(probs, place)  # [H, P, M] by offset
+    mass = torch.cat((probs.sum(1), turned.sum(1)), 1)  # [H, 2 M]
+    rank = mass.argsort(dim=1, descending=True, stable=True).argsort(1).to(torch.int32)
+    column, line, at = rank[:, None, :m], rank[:, None, m:], place.clamp(min=0)
+    # a cell counts for the better of its two lines
+    own = torch.where(column < line.squeeze(1)[:, at], probs, 0).sum(1)
+    gain = torch.cat((own, torch.where(line < column.squeeze(1)[:, at], turned, 0).sum(1)), 1)
+    gain = torch.zeros_like(gain).scatter_(1, rank.long(), gain)  # by rank
     total = gain.cumsum(1)
     before = F.pad(total[:, :-1], (1, 0))
     taken = gain > 0 if alpha == 1 else (gain > 0) & (before < alpha * p)
-    kept = taken.gather(1, rank)
+    kept = taken.gather(1, rank.long())
     return Lines(kept[:, :m], kept[:, m:], (gain * taken).sum(1))
 
 
@@ -180,14 +177,34 @@ class VerticalSlash:
             if not qr.shape[1]:
                 continue
             lines = self.lines(qr, kr, scale)
-            out[row, :, queries] = attend_lines(qr, kr, vr, lines, scale=scale)
+            out[row, :, queries] = _attend(qr, kr, vr, lines, scale)
         return out
 
     def lines(self, q: Tensor, k: Tensor, scale: float) -> Lines:
-        """The lines of one row: q ``[H, N, D]``, the newest of k ``[G, M, D]``."""
+        """The lines of one row: q ``[H, N, D]``, the newest of k ``[G, M, D]``. Exact rows of few heads at a time."""
         rows = sampled_rows(q.shape[1], self.last, self.sample).to(q.device)
-        position = rows + k.shape[1] - q.shape[1]
-        return vertical_slash_cover(probe_rows(q[:, rows], k, position, scale), position, self.alpha)
+        position, share = rows + k.shape[1] - q.shape[1], q.shape[0] // k.shape[0]
+        some = max(1, CELLS // (share * len(rows) * k.shape[1]))
+        parts = [
+            vertical_slash_cover(
+                probe_rows(q[g * share : (g + some) * share, rows], k[g : g + some], position, scale),
+                position,
+                self.alpha,
+            )
+            for g in range(0, k.shape[0], some)
+        ]
+        return Lines(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, lines: Lines, scale: float) -> Tensor:
+    """By the kernel where it serves."""
+    if any(x.requires_grad for x in (k, v)) and torch.is_grad_enabled():
+        return attend_lines(q, k, v, lines, scale=scale)
+    if not served(q) or max(q.shape[2], v.shape[2]) > WIDEST:
+        return attend_lines(q, k, v, lines, scale=scale)
+    vertical = lines.vertical.clone()
+    vertical[:, 0] = True
+    return kernel("lines:lines_attention")(q, k, v, vertical, lines.slash, scale=scale)
 
 
 def kept_share(lines: Lines, n: int) -> float:

@@ -283,7 +283,7 @@ class SelectiveCache(Recording):
         """Queries ``[B, H, N, D]`` that each read what was chosen for them; window: they are one of a prompt's."""
         tokens = (place if self.columns is not None else place[:1]) + 1
         reads = self.reader.reads(tokens)
-        if bool((reads >= tokens).all()):
+        if bool(((reads >= tokens) | (tokens <= self.block)).all()):  # the own block is always read
             return self._everything(q, place, step)
         most = max(1, int(kept_blocks(reads, tokens, self.block).max()))
         view = self._view(q, place, step.scale, most)
