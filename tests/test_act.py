@@ -11,14 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.integrations import sdpa_attention
 
 import models
 import qkv
 from qkv.core.attend import attend, sdpa
-from qkv.core.errors import InvalidInput, InvalidParameter, Refused, StateError
+from qkv.core.errors import BrokenLaw, InvalidInput, InvalidParameter, Refused, StateError
 from qkv.core.heads import HeadSet
 from qkv.core.steering import Running
 from qkv.steer import act as A
+from qkv.testing import pairs, steerings
 from qkv.testing._tiny import decoder
 
 N = 64
@@ -395,6 +397,30 @@ def test_beams_run_with_running_sums() -> None:
     with qkv.applied(model, method(decode=True, threshold=0.05)):
         out = model.generate(ids, num_beams=3, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert out.shape == (2, 18)
+
+
+def test_a_neutral_setting_is_the_model_also_where_that_repeats_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers does for one query before 5.23; its prompt is compared bit for bit there too."""
+    monkeypatch.delattr(sdpa_attention, "pack_gqa", raising=False)
+    monkeypatch.setattr(sdpa_attention, "is_torchdynamo_compiling", lambda: True, raising=False)  # then it repeats
+    law, case = next((x.law, x.case) for x in pairs("steering", A.AttentionCalibration) if "neutral" in x.law.name)
+    law.run(case)
+    logits = steerings._logits
+    for place, off in ((-1, 1e-4), (0, 1e-6)):
+        added = iter((0.0, off))
+
+        def wrong(*given: Any, place: int = place, added: Any = added) -> Tensor:
+            out = logits(*given)
+            out[:, place] += next(added)
+            return out
+
+        with monkeypatch.context() as patch:
+            patch.setattr(steerings, "_logits", wrong)
+            with pytest.raises(BrokenLaw, match="logits"):
+                law.run(case)
+    monkeypatch.setattr(steerings, "_packs", lambda: True)
+    with pytest.raises(BrokenLaw, match="bitwise"):  # what is seen there
+        law.run(case)
 
 
 # -- the search -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from qkv.testing._tiny import VOCABULARY, decoder, snapshot, weights
 B, N, D = 2, 29, 8
 PADS = 6
 EXACT = 1e-9
+STEPS = 3  # decoded one by one
+ROUNDED = 1e-5  # logits of float32
 
 
 def steered(case: Case) -> list[Site]:
@@ -86,14 +88,23 @@ def each(case: Case) -> Iterator[tuple[Site, dict[str, Any], Tensor]]:
 def _logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Of a prompt and a few decoding steps, so that both shapes of call are steered. ``[B, T, V]``"""
     with torch.no_grad():
-        out = model(ids[:, :-3], attention_mask=mask[:, :-3], use_cache=True)
+        out = model(ids[:, :-STEPS], attention_mask=mask[:, :-STEPS], use_cache=True)
         logits = [out.logits]
-        for t in range(ids.shape[1] - 3, ids.shape[1]):
+        for t in range(ids.shape[1] - STEPS, ids.shape[1]):
             out = model(
                 ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=out.past_key_values, use_cache=True
             )
             logits.append(out.logits)
     return torch.cat(logits, 1)
+
+
+def _packs() -> bool:
+    """Whether the model hands one query to its kernel as `sdpa` does, a group's heads as rows (transformers 5.23); before, it
+    repeats keys and values, which rounds otherwise.
+    """
+    from transformers.integrations import sdpa_attention
+
+    return hasattr(sdpa_attention, "pack_gqa")
 
 
 def _prompt(case: Case) -> tuple[Tensor, Tensor]:
@@ -120,7 +131,11 @@ def neutral_is_the_model(case: Case) -> None:
         return
     want = _logits(model, ids, mask)  # of the model itself: `full` decodes with a kernel of its own on a device
     with qkv.applied(model, method):
-        same(_logits(model, ids, mask), want, "logits at the neutral setting")
+        got = _logits(model, ids, mask)
+    if not _packs():
+        close(got[:, -STEPS:], want[:, -STEPS:], atol=ROUNDED, what="logits of decoded tokens at the neutral setting")
+        got, want = got[:, :-STEPS], want[:, :-STEPS]
+    same(got, want, "logits at the neutral setting")
 
 
 @law(
