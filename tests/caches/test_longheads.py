@@ -49,9 +49,11 @@ def rotated(tensors: list[Tensor]) -> list[Tensor]:
     return [ROPE.rotate(x, at.expand(x.shape[0], x.shape[1], -1)) for x in tensors[:2]] + tensors[2:]
 
 
+@pytest.mark.parametrize("window", [5, 30])
 @pytest.mark.parametrize("cuts", [[83], [40, 43], [19, 64], [23, *[1] * 60]])
-def test_the_definition(cuts: list[int]) -> None:
-    """At once, in pieces and token by token: one rule, the loop's to 1e-6 (rotations run in float32)."""
+def test_the_definition(cuts: list[int], window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, in pieces and token by token: one rule, the loop's to 1e-6 (rotations run in float32), in any windows."""
+    monkeypatch.setattr(LongHeads, "prefill", lambda self, geometry: window)
     q, k, v = draw(83)
     got = feed(memory(), [q, k, v], cuts)
     for head in range(H):

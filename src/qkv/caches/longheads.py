@@ -105,6 +105,7 @@ class LongHeads(Reader):
     select: Literal["query_head", "kv_head"] = param("query_head", "which heads choose chunks of their own")
 
     wants_queries: ClassVar[bool] = True
+    alone: ClassVar[bool] = True
     ordered: ClassVar[bool] = True
 
     def validate(self) -> None:

@@ -243,6 +243,8 @@ class Reader(CacheMethod):
     """`choose`, `rank` and `features` read no value on the host: a decoding step may become a CUDA graph."""
     wants_queries: ClassVar[bool] = False
     """`features` gets the queries of its blocks: the store keeps those of the unfinished block."""
+    alone: ClassVar[bool] = False
+    """Queries of a prompt's window choose each for itself, so any number of windows may be read in one."""
     ordered: ClassVar[bool] = False
     """What is read is laid out in ascending order (implied by `shift`)."""
 

@@ -30,6 +30,7 @@ from qkv.core.kernel import kernel, served
 from qkv.core.reader import TOLD, Blocks, Reader, Reading, Selection, kept_blocks
 
 PIECE = 1 << 24  # gathered elements held at once
+TOGETHER = 1024  # queries of a prompt that are read at once on a device where each chooses for itself: few launches
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +295,8 @@ class SelectiveCache(Recording):
         """A prompt, `window` queries at a time; windows begin at multiples of `window` in every row."""
         b, h, n, _ = q.shape
         assert self.values is not None
+        if self.reader.alone and q.is_cuda:
+            window *= max(1, TOGETHER // window)
         out = q.new_zeros(b, h, n, self.values.shape[3])
         real = place >= 0
         base, count = torch.tensor(before or [0] * b)[:, None], real.sum(-1, keepdim=True)
