@@ -49,6 +49,7 @@ class Offload(CacheMethod):
         limits=(Limit("full", {}, "always: exact attention"),),
         evicts=False,
         exact_chunks=True,
+        columns=True,
     )
     folder: str = param("", "folder for the files of a cache on disk; empty: host memory")
 

@@ -52,6 +52,7 @@ class SharedPrefix(CacheMethod):
         limits=(Limit("full", {}, "always: exact attention"),),
         evicts=False,
         exact_chunks=True,
+        columns=True,
         small={"min_tokens": 3},
     )
     min_tokens: int = param(32, "fewest common tokens that are worth a read of their own", low=1)

@@ -162,7 +162,8 @@ class CacheSpec(Spec):
     slot_state: float32 numbers kept per slot and KV head (`Policy.width`, where settings decide). exact_chunks: one-shot,
     chunked and token-by-token prefill give the same result (policies that rank by position); others evict at
     different times by design. slopes: its memory adds the linear position biases (ALiBi) of sites that have them; at others'
-    such sites are refused.
+    such sites are refused. columns: another attention gets every token in its logical column, so that a pattern may go by
+    distance; others hand over slots in an order of their own.
     """
 
     kind: ClassVar[str] = "cache"
@@ -171,6 +172,7 @@ class CacheSpec(Spec):
     slot_state: int = 0
     exact_chunks: bool = False
     slopes: bool = False
+    columns: bool = False
     small: dict[str, Any] = field(default_factory=dict)
     """Parameters that make the method act on the laws' small inputs (tens of tokens)."""
 

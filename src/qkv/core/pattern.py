@@ -100,6 +100,8 @@ class Pattern(Method):
         Raises `InvalidInput`, `Refused`.
         """
         check_qkv(q, k, v, causal=causal, who=self.id)
+        if self.spec.dynamic and self.min_queries <= q.shape[2] < k.shape[2]:
+            k, v, mask = packed_past(k, v, mask, q.shape[2])
         padding, rest, causal = read_mask(mask, q, k, causal, self.id)
         if not causal and self.spec.causal == "only" and q.shape[2] > 1:
             raise Refused(f"{self.id} is causal by definition; it has no bidirectional form")
@@ -120,6 +122,34 @@ class Pattern(Method):
         return self.spec.execute(q, k, v, plan, scale=scale)
 
 
+def packed_past(k: Tensor, v: Tensor, mask: Tensor | None, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What precedes the newest n of M keys, with empty places first: for choices by content, which order does not concern.
+
+    A cache may hand over slots ``[B, G, M, .]`` with empty ones among them, which a mask bool ``[B, 1|H, 1, M]`` tells, others for
+    each head. Where all heads of a row have equally many, the mask returned is padding ``[B, 1, 1, M]``. Every other mask
+    is returned as it is.
+    """
+    g, past = k.shape[1], k.shape[2] - n
+    if mask is None or mask.ndim != 4 or mask.dtype != torch.bool or mask.shape[2] != 1 or mask.shape[3] != k.shape[2]:
+        return k, v, mask
+    held = mask.expand(k.shape[0], -1, -1, -1)[:, :, 0, :past]  # [B, 1|H, past]
+    if not bool((held[..., :-1] & ~held[..., 1:]).any()):
+        return k, v, mask
+    if held.shape[1] > 1:
+        by_group = held.unflatten(1, (g, -1))
+        count = held.sum(-1)
+        if not bool((by_group == by_group[:, :, :1]).all() & (count == count[:, :1]).all()):
+            return k, v, mask
+        held = by_group[:, :, 0]  # [B, G, past]
+    if mask.shape[1] > 1 and not bool((mask[..., past:] == mask[:, :1, :, past:]).all()):
+        return k, v, mask
+    order = held.to(torch.int8).argsort(dim=-1, stable=True)
+    at = torch.cat((order, torch.arange(past, k.shape[2], device=k.device).expand(*order.shape[:2], n)), -1)
+    k, v = (x.gather(2, at.expand(-1, g, -1).unsqueeze(-1).expand(*x.shape)) for x in (k, v))
+    new = mask[:, :1, :, past:].expand(k.shape[0], -1, -1, -1)
+    return k, v, torch.cat((held[:, :1].to(torch.int8).sort(dim=-1).values.bool().unsqueeze(2), new), 3)
+
+
 def read_mask(
     mask: Tensor | None, q: Tensor, k: Tensor, causal: bool, who: str
 ) -> tuple[Tensor | None, Tensor | None, bool]:
@@ -127,7 +157,8 @@ def read_mask(
 
     A dense mask that is padding and causality spelt out, as model libraries pass it, is recognised as that.
     In any other mask a key that no query sees counts as padding only when N = M, where each token sees
-    itself.
+    itself. A single query is as causal as the caller says: its keys may lie in any order, its own anywhere
+    among them.
     """
     if mask is None:
         return None, None, causal
@@ -145,7 +176,7 @@ def read_mask(
     if n <= m:
         past = causal_mask(n, m, q.device)
         if bool((mask == (said & past)).all()) or (causal and bool((mask & past == said & past).all())):
-            return _or_none(real), None, True
+            return _or_none(real), None, causal or n > 1
     if not causal and bool((mask == said).all()):
         return _or_none(real), None, False
     return _or_none(real) if n == m else None, mask, causal

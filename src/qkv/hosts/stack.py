@@ -22,6 +22,7 @@ from qkv.core.errors import InvalidInput, InvalidParameter, NeverFired, Refused,
 from qkv.core.files import sha256_of, whole_folder, write_whole
 from qkv.core.operator import Operator
 from qkv.core.pattern import Pattern
+from qkv.core.reader import Reader
 from qkv.core.site import Site
 from qkv.core.spec import Method
 from qkv.core.steering import Running, Steering
@@ -247,7 +248,30 @@ def clash(entries: Sequence[tuple[Method, Sequence[Site]]]) -> str | None:
                         "them, or give them different `where`"
                     )
                 taken[site.name, does] = method
+            reason = _lost(taken.get((site.name, "computes")), taken.get((site.name, "stores")), site)
+            if reason is not None:
+                return f"{reason} (at {site.name})"
     return None
+
+
+def _lost(pattern: Method | None, cache: Method | None, site: Site) -> str | None:
+    """None, or why a pattern does not find in what a cache hands over the tokens that it means."""
+    if not isinstance(pattern, Pattern) or not isinstance(cache, CacheMethod) or cache.spec.columns:
+        return None
+    if pattern.spec.dynamic:
+        here = torch.zeros(1, site.geometry.kv_heads, 1, dtype=torch.int64)
+        windows = isinstance(cache, Reader) and cache.prefill(site.geometry) is not None
+        if pattern.spec.masks == "any" or not (windows or cache.sees(site.geometry, here[:, 0], here) is not None):
+            return None
+        return (
+            f"{pattern} chooses what the queries of a prompt see, and {cache} does so too; apply one of them, or give them "
+            "different `where`"
+        )
+    return (
+        f"{pattern} goes by the distance between tokens, and {cache} hands over those that it reads in an order of its own; "
+        "take a cache that keeps such a window (streamingllm, window), a pattern that goes by content (xattention), or give "
+        "them different `where`"
+    )
 
 
 # -- reporting --------------------------------------------------------------------------------------------------

@@ -198,8 +198,10 @@ def cache_manifest(cache: Cache, input_ids: Tensor | None) -> tuple[dict[str, An
     for i, layer in enumerate(cast(list[Any], cache.layers)):
         if not isinstance(layer, QKVLayer):
             if int(layer.get_seq_length()) > 0:
+                window = getattr(layer, "is_sliding", False)
                 raise Refused(
-                    f"layer {i} keeps a cache of transformers' own, which qkv does not write; apply `full` there too"
+                    f"layer {i} keeps a cache of transformers' own, which qkv does not write; "
+                    + ("no method takes over its sliding window" if window else "apply `full` there too")
                 )
             continue
         if layer.record_past:

@@ -154,11 +154,10 @@ class RetrievalCache(LayerCache):
         keys, values = (
             torch.cat((x.look()[:, :, :most].to(q.device), y), 2) for x, y in ((self.keys, k), (self.values, v))
         )
-        own = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
-        own = own.expand(q.shape[0], 1, n, n) if real is None else own & real
-        past = _before(old, 0, most, q.device).expand(-1, -1, n, -1)
+        past = _before(old, 0, most, q.device)  # [B, 1, 1, most]
+        own = past.new_ones(q.shape[0], 1, 1, n) if real is None else real
         assert step.compute is not None
-        return step.compute(q, keys, values, mask=torch.cat((past, own), 3), causal=False, scale=step.scale)
+        return step.compute(q, keys, values, mask=torch.cat((past, own), 3), causal=True, scale=step.scale)
 
     def _one(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """One token: the static set with the model, the best of the rest on the host, merged."""

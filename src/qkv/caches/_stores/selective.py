@@ -466,6 +466,8 @@ class SelectiveCache(Recording):
             assert self.geometry.rope is not None
             keys = self.geometry.rope.rotate(keys, shift.flatten(2))
         compute = step.compute or sdpa
+        if seen is not None and step.compute is not None and seen.shape[1] not in (1, h):
+            seen = seen.repeat_interleave(h // seen.shape[1], 1)  # only ours knows masks of KV heads
         if m == 1:
             return compute(q, keys, values, mask=seen, causal=False, scale=step.scale)
         keys, values = (
@@ -473,7 +475,7 @@ class SelectiveCache(Recording):
         )
         single = q.transpose(1, 2).reshape(b * n, h, 1, d)
         assert seen is not None
-        out = compute(single, keys, values, mask=seen.transpose(1, 2).reshape(b * n, a, 1, k * c), causal=False,
+        out = compute(single, keys, values, mask=seen.transpose(1, 2).reshape(b * n, -1, 1, k * c), causal=False,
                       scale=step.scale)  # fmt: skip
         return out.reshape(b, n, h, e).transpose(1, 2)
 
