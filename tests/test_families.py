@@ -20,7 +20,8 @@ CACHED = (
 
 @pytest.mark.parametrize("kind", CACHED)
 def test_a_family_is_served_exactly(kind: str) -> None:
-    model, x = family(kind), inputs("llama")
+    more = {"layer_types": ["conv", "full_attention"] * 2} if kind == "lfm2" else {}
+    model, x = family(kind, **more), inputs("llama")
     ids, mask = x["input_ids"], x["attention_mask"]
     before, out, tokens = fingerprint(model), forward(model, x), generate(model, ids, mask)
     assert len({tuple(row) for row in tokens[:, 23:].tolist()}) == 2  # it is not one token over and over
@@ -129,8 +130,9 @@ def test_a_model_with_a_cache_of_its_own_kind_is_refused() -> None:
 
 
 def test_attention_that_shares_its_cache_layer_with_a_mixer_keeps_it() -> None:
-    more = dict(num_hidden_layers=6, layer_types=["mamba", "hybrid", "mamba"] * 2, hybrid_layer_ids=[1, 4], num_mem_blocks=1,
-                num_key_value_heads=6, attention_head_dim=16, attention_hidden_size=96, mamba_ngroups=1, n_mamba_heads=12,
+    kinds = ["linear_attention", "hybrid", "linear_attention"] * 2  # a name for the mixer that every version takes
+    more = dict(num_hidden_layers=6, layer_types=kinds, hybrid_layer_ids=[1, 4], num_mem_blocks=1, num_key_value_heads=6,
+                attention_head_dim=16, attention_hidden_size=96, mamba_ngroups=1, n_mamba_heads=12,
                 mamba_headdim=8, mamba_d_state=8, use_mem_rope=True)  # fmt: skip
     model, x = family("zamba2", **more), inputs("llama")
     ids, mask = x["input_ids"], x["attention_mask"]
