@@ -161,7 +161,7 @@ class QKVLayer(DynamicLayer):
 
 
 RECORDS = hasattr(Cache, "activate_past_recording")
-"""Whether transformers itself tells caches that tokens may be taken back; before, `crop` is asked for a length."""
+"""Whether transformers (5.14) itself tells caches that tokens may be taken back; before, `crop` is asked for a length."""
 
 
 def record_past(cache: Any) -> None:
