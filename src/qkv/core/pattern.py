@@ -125,9 +125,9 @@ class Pattern(Method):
 def packed_past(k: Tensor, v: Tensor, mask: Tensor | None, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """What precedes the newest n of M keys, with empty places first: for choices by content, which order does not concern.
 
-    A cache may hand over slots ``[B, G, M, .]`` with empty ones among them, which a mask bool ``[B, 1|H, 1, M]`` tells, others for
-    each head. Where all heads of a row have equally many, the mask returned is padding ``[B, 1, 1, M]``. Every other mask
-    is returned as it is.
+    A cache may hand over slots ``[B, G, M, .]`` with empty ones among them, which a mask bool ``[B, 1|H, 1, M]`` tells, other
+    ones for each head. Where all heads of a row have equally many, the mask returned is padding ``[B, 1, 1, M]``. Every other
+    mask is returned as it is.
     """
     g, past = k.shape[1], k.shape[2] - n
     if mask is None or mask.ndim != 4 or mask.dtype != torch.bool or mask.shape[2] != 1 or mask.shape[3] != k.shape[2]:
