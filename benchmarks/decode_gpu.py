@@ -133,7 +133,7 @@ def main() -> None:
         model = LlamaForCausalLM(config).bfloat16().eval()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     facts = environment(seed=0) | {"model": config.to_diff_dict(), "weight_bytes": weights, "kernel": kernel}
-    facts |= {"new": a.new, "plain": a.plain, "no-static": a.no_static}
+    facts |= {"new": a.new, "plain": a.plain, "no-static": a.no_static, "no-peers": a.no_peers}
 
     def keep() -> None:  # after every row: an interrupted run keeps what it measured
         write_json(a.out, facts | {"rows": [{k: v for k, v in r.items() if k != "_all"} for r in rows]})

@@ -2,10 +2,11 @@
 
     python benchmarks/lines_gpu.py --out benchmarks/results/lines_gpu.json [--lengths 2000 8000] [--layers 2 10 19 28]
 
-Queries, keys and values are those of SmolLM2-135M on a play, in bfloat16. For each layer: the share of causal cells on the lines,
-the distance to float64 over the same cells (of the last queries of some heads) and to exact attention, and times of choosing the
-lines, of the kernel, of the same attention with gathered keys in torch, and of exact attention by torch's flash kernel. The bound
-of the kernel over exact attention is one over the share: it computes whole tiles of 64 by 64 cells.
+Queries, keys and values are those of SmolLM2-135M on a play, in bfloat16. For each layer: the share of causal cells on the lines;
+the share of causal tiles of 64 by 64 that the kernel multiplies, since it computes a tile if any slash crosses it and gathers the
+other verticals 64 at a time (one over this is the bound of its speed over exact attention); the distance to float64 over the same
+cells (of the last queries of some heads) and to exact attention. Times: choosing lines, as called from the host; the kernel with
+its lists, and torch's flash kernel, inside CUDA graphs; the same attention with gathered keys in torch, once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
 from qkv.bench.assets import long_text, smollm2, text_tokens
 from qkv.bench.environment import environment, write_json
@@ -40,6 +41,24 @@ def once(run: Any) -> float:
     return (time.perf_counter() - begun) * 1e3
 
 
+def tiles(vertical: torch.Tensor, slash: torch.Tensor, side: int = 64) -> float:
+    """Tiles multiplied for lines ``[H, M]`` of a whole prompt, over all causal tiles."""
+    h, m = slash.shape
+    many, computed = -(-m // side), 0.0
+    slash = slash.clone()
+    slash[:, 0] = True
+    for head in range(h):
+        at = slash[head].nonzero().squeeze(1)  # offsets of a tile on diagonal d: side d - side + 1 .. side d + side - 1
+        crossed = torch.zeros(many + 1, dtype=torch.bool, device=slash.device)
+        crossed[at // side] = True
+        crossed[(at + side - 1) // side] = True
+        columns = torch.bincount(vertical[head].nonzero().squeeze(1) // side, minlength=many)
+        for tile in range(many):
+            left = columns[: tile + 1].flip(0)[~crossed[: tile + 1]].sum()
+            computed += int(crossed[: tile + 1].sum()) + float(left) / side
+    return computed / (h * many * (many + 1) / 2)
+
+
 def measured(call: Any, alpha: float) -> Row:
     """One site of one prompt."""
     q, k, v, scale = call.q[0], call.k[0], call.v[0], call.scale
@@ -56,11 +75,12 @@ def measured(call: Any, alpha: float) -> Row:
     want = attend(*few, mask=mask[None], scale=scale).out[0]
     apart = lambda x, y: float((x.double() - y).norm() / y.norm())  # noqa: E731
     out = kernel()
-    row = {"length": n, "share": kept_share(lines, n), "error": apart(out[heads, last], want),
+    row = {"length": n, "share": kept_share(lines, n), "tiles": tiles(vertical, lines.slash),
+           "error": apart(out[heads, last], want),
            "from exact": apart(out, exact()[0].double()),
            "choose_ms": do_bench(partial(prompt.lines, q, k, scale), rep=60, return_mode="median"),
-           "kernel_ms": do_bench(kernel, rep=60, return_mode="median"),
-           "exact_ms": do_bench(exact, rep=60, return_mode="median"),
+           "kernel_ms": do_bench_cudagraph(kernel, rep=60, return_mode="median"),
+           "exact_ms": do_bench_cudagraph(exact, rep=60, return_mode="median"),
            "gathered_ms": once(partial(attend_lines, q, k, v, lines, scale=scale))}  # fmt: skip
     assert row["error"] < 1e-2, row
     return row

@@ -111,6 +111,7 @@ def _command(file: str, data: Row) -> str:
             more += f" --layers {data['model']['num_hidden_layers']}"
         more += f" --new {data['new']}" if data.get("new") else ""
         more += "".join(f" --{k} {' '.join(data[k])}" for k in ("plain", "no-static") if data.get(k))
+        more += " --no-peers" if data.get("no-peers") else ""
         methods = [r["what"].removesuffix(" graph") for r in rows if r["what"].endswith(" graph")]
         more += "".join(f" -m {m}" for m in dict.fromkeys(methods) if m != "full")
     if file == "prefill_gpu":
@@ -516,6 +517,41 @@ def _prefill(data: Row) -> list[str]:
     return [*out, "The block kernels alone, causal, N queries at the end of M keys", "", *table(columns, rows), ""]
 
 
+def _lines(data: Row) -> list[str]:
+    rows = [
+        [
+            str(r["length"]),
+            str(r["layer"]),
+            f"{r['alpha']}",
+            f"{r['share']:.1%}",
+            f"{r['tiles']:.0%}",
+            _ms(r["choose_ms"]),
+            _ms(r["kernel_ms"]),
+            _ms(r["exact_ms"]),
+            _over(r["exact_ms"], r["kernel_ms"]),
+            times(1 / r["tiles"]),
+            _ms(r["gathered_ms"]),
+            f"{r['error']:.1e}",
+        ]
+        for r in data["rows"]
+    ]
+    columns = (
+        "tokens",
+        "layer",
+        "alpha",
+        "cells on lines",
+        "tiles computed",
+        "choosing, ms",
+        "kernel, ms",
+        "exact, ms",
+        "over exact",
+        "its bound",
+        "gathered in torch, ms",
+        "error to float64",
+    )
+    return [*table(columns, rows), ""]
+
+
 SECTIONS: tuple[Section, ...] = (
     (
         "decode_gpu",
@@ -547,6 +583,12 @@ SECTIONS: tuple[Section, ...] = (
         _decode,
     ),
     (
+        "decode_gpu_wide_more",
+        "A whole model decoding: eight rows of 131072 tokens, other caches",
+        "The same shape and kind of GPU in another run, without transformers' caches.",
+        _decode,
+    ),
+    (
         "attention_gpu",
         "One step of one attention site",
         "Everything that decoding does at a site, as a captured graph: the new token is stored, what is read is chosen, "
@@ -567,6 +609,13 @@ SECTIONS: tuple[Section, ...] = (
         "prompt in pieces of 4096; what compresses does so inside this time. Evicting caches also need column masses of the "
         "attention map, which a kernel of their own gives without the map.",
         _prefill,
+    ),
+    (
+        "lines_gpu",
+        "Prompts on vertical and slash lines",
+        "One site of SmolLM2 on a play, as LoopServe reads a prompt: few cells lie on lines, but slashes cross most tiles, and "
+        "a tenth of the rows is computed exactly to choose them. At these lengths exact attention is faster than choosing alone.",
+        _lines,
     ),
     (
         "packed_gpu",
