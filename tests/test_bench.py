@@ -150,10 +150,10 @@ def test_a_long_list_in_a_label_is_shown_by_four_digits():
 
 
 def test_a_stack_is_applied_together(go):
-    results = go("sliding-window:window=64+window:budget=96", tasks=("kl",))
+    results = go("sliding-window:window=64+offload", tasks=("kl",))
     assert not results.errors
     row = results.rows[-1]
-    assert row["kind"] == "pattern+cache" and row["cost"]["kept"] == 96
+    assert row["kind"] == "pattern+cache" and row["cost"]["kept"] == row["cost"]["seen"] > 64
     assert row["cost"]["read_bytes"] < row["cost"]["held_bytes"]
 
 
