@@ -127,13 +127,16 @@ def lines_attention(q: Tensor, k: Tensor, v: Tensor, vertical: Tensor, slash: Te
     dp, ep = (max(16, triton.next_power_of_2(x)) for x in (d, e))
     small = q.dtype == torch.float32 or max(dp, ep) > 128
     c = 32 if small else 64
+    # Loads are overlapped only where tokens are read 16 bytes at a time: else Triton (3.6) would copy the numbers of diagonals
+    # ahead instead of keys, and it gets these wrong.
+    wide = all(step % 16 == 0 for x in (k, v) for step in x.stride()[:2]) and (k.data_ptr() | v.data_ptr()) % 16 == 0
     ahead = (n - m) % c  # keys of the first tile that are none
     tiles = (m - n + ahead) // c + triton.cdiv(n, c)
     slash = slash.clone()
     slash[:, 0] = True
     # diagonal j has the offsets c j - c + 1 .. c j + c - 1
-    wide = F.pad(slash.to(torch.float32), (c - 1, tiles * c - m))[:, None]
-    crossed = F.max_pool1d(wide, 2 * c - 1, stride=c)[:, 0] > 0  # [H, T]
+    spread = F.pad(slash.to(torch.float32), (c - 1, tiles * c - m))[:, None]
+    crossed = F.max_pool1d(spread, 2 * c - 1, stride=c)[:, 0] > 0  # [H, T]
     ends = (torch.arange(1, tiles + 1, device=q.device) * c - (ahead + 1)).clamp(max=m - 1)
     upto = vertical.cumsum(1)[:, ends].to(torch.int32)
     out = q.new_empty(h, n, e)
@@ -142,6 +145,6 @@ def lines_attention(q: Tensor, k: Tensor, v: Tensor, vertical: Tensor, slash: Te
         crossed.view(torch.uint8), _first(crossed), crossed.cumsum(1).to(torch.int32), _first(vertical), upto,
         scale * LOG2E.value, h // g, n, m, d, e, tiles, ahead, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         DP=dp, EP=ep, C=c, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee",
-        num_warps=4, num_stages=1 if small else 2,
+        num_warps=4, num_stages=2 if wide and not small else 1,
     )  # fmt: skip
     return out
