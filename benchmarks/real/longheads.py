@@ -9,6 +9,7 @@ import dataclasses
 import time
 from typing import ClassVar, final
 
+import torch
 from _passkey import hidden, score
 from _streams import applied, arguments, clock, load, losses, perplexity, tokens
 from torch import Tensor
@@ -28,8 +29,8 @@ class OriginalPositions(LongHeads):
         id="original-positions", title="Negative control", paper="control", evicts=False
     )
 
-    def shift(self, view: Reading, slot: Tensor) -> Tensor:
-        return (slot * 0).clamp(min=0)
+    def shift(self, view: Reading, first: Tensor, tokens: Tensor) -> Tensor:
+        return torch.zeros_like(tokens)
 
 
 def main() -> None:
