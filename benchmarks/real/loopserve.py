@@ -33,10 +33,10 @@ class ChosenOnce(LoopServe):
 
     spec: ClassVar[CacheSpec] = CacheSpec(id="chosen-once", title="Negative control", paper="control", evicts=False)
 
-    def _choose(self, view: Reading, *args: Any) -> None:
+    def _choose(self, view: Reading, queries: torch.Tensor, asked: torch.Tensor, rows: torch.Tensor) -> None:
         notes, at = view.notes, view.position.amax(-1)
         if "chosen" not in notes:
-            super()._choose(view, *args)
+            super()._choose(view, queries, asked, rows)
             return
         due = at - notes["full"] >= self.refresh
         notes["full"] = torch.where(due | torch.tensor(view.whole, device=at.device), at, notes["full"])
