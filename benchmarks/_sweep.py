@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+import qkv
 from qkv.bench.environment import environment, plain, read_json, write_json
 from qkv.core.errors import QKVError
 
@@ -30,7 +32,8 @@ def sweep(
 ) -> dict[str, Any]:
     """Run the jobs (what it is, which others take as long, how to run it) in their order.
 
-    Runs of `earlier` files of the same comparison count as made; where nothing is run here, so does their machine. A job
+    Runs of `earlier` files of the same comparison count as made; where nothing is run here, so does their machine. Every run tells
+    by which code it was made (`source`), and those made by other code than this are named: a table may mix two models. A job
     that would not end within `budget` seconds is left out, one that is refused or fails is named with its error. An error of the
     device itself spoils whatever would follow in this process: then the others are left out too.
     """
@@ -40,7 +43,10 @@ def sweep(
     first: dict[str, dict[str, Any]] = {}  # of runs that several files have, the first file's counts
     for run in (run for part in parts for run in part["runs"]):
         first.setdefault(_name(run), run)
-    runs, made = list(first.values()), set(first)
+    runs, made, code = list(first.values()), set(first), source()
+    other = [run for run in runs if run.get("source") != code]
+    if other:
+        print(f"{len(other)} of {len(runs)} earlier runs were made by other code, or do not say by which", flush=True)
     left: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     about = {"settings": {k: v for k, v in settings.items() if k != "earlier"}, **environment(seed=0)}
@@ -67,7 +73,7 @@ def sweep(
             print(failed[-1], flush=True)
             continue
         took[alike] = time.monotonic() - since
-        runs.append(job | row | {"seconds": took[alike], "device": device_name(about)})
+        runs.append(job | row | {"seconds": took[alike], "device": device_name(about), "source": code})
         shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
         print(f"{since - begun:.0f} s  {', '.join(map(str, job.values()))}: {shown}", flush=True)
         write_json(out, found())
@@ -90,6 +96,14 @@ def _part(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     for run in part["runs"]:
         run.setdefault("device", device_name(part))
     return part
+
+
+def source() -> str:
+    """A digest of the package's code, which no checkout is needed for."""
+    root, digest = Path(qkv.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def device_name(facts: Mapping[str, Any]) -> str:

@@ -17,6 +17,17 @@ def jobs(names: str, made: list[str]):
     return [({"seed": 0, "task": "t", "operator": n}, n, lambda n=n: made.append(n) or {"loss": 1.0}) for n in names]
 
 
+def test_runs_of_other_code_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count = lambda runs: {"t": [{"operator": r["operator"]} for r in runs]}  # noqa: E731
+    one = tmp_path / "one.json"
+    sweep(jobs("ab", []), SETTINGS, count, one, 60.0)
+    sweep(jobs("ab", []), SETTINGS, count, tmp_path / "two.json", 60.0, [one])
+    assert "other code" not in capsys.readouterr().out
+    one.write_text(one.read_text().replace('"source": "', '"source": "x', 1))
+    sweep(jobs("ab", []), SETTINGS, count, tmp_path / "two.json", 60.0, [one])
+    assert "1 of 2 earlier runs were made by other code" in capsys.readouterr().out
+
+
 def test_runs_of_an_earlier_file_are_not_made_again(tmp_path: Path) -> None:
     """Also where settings hold tuples, which JSON gives back as lists."""
     made: list[str] = []
