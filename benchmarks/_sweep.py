@@ -32,9 +32,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Run the jobs (what it is, which others take as long, how to run it) in their order.
 
-    Runs of `earlier` files of the same comparison count as made; where nothing is run here, so does their machine. Every run tells by
-    which code it was made (`source`), and those made by other code than this are counted: a table may mix two models. A job
-    that would not end within `budget` seconds is left out, one that is refused or fails is named with its error. An error of the
+    Runs of `earlier` files of the same comparison count as made; where nothing is run here, so does their machine. Every run
+    tells by which code it was made (`source`); those of other code than this are counted: a table may mix models. A job that
+    would not end within `budget` seconds is left out, one that is refused or fails is named with its error. An error of the
     device itself spoils whatever would follow in this process: then the others are left out too.
     """
     begun, broken = time.monotonic(), False
