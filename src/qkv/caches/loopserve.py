@@ -70,7 +70,8 @@ class LoopServe(Reader):
         source="abstract",
         summary="Prompts attend on the vertical and slash lines that carry most mass; answers re-choose what they read.",
         shown="a dialogue about several passages is answered where one choice at the end of the prompt fails",
-        honest="no memory is saved; a passage that is needed suddenly waits up to `refresh` tokens for the next choice",
+        honest="no memory is saved; to choose a prompt's lines costs more than exact attention up to 8000 tokens at least; a "
+        "passage that is needed suddenly waits up to `refresh` tokens for the next choice",
         limits=(Limit("full", {"alpha": 1.0, "budget": 1.0}, "every line and every token: exact attention"),),
         evicts=False,
         trials=({}, {"alpha": 1.0}),

@@ -5,7 +5,7 @@ r"""Vertical and slash lines of a causal attention map: which carry most of its 
 A cover is chosen on some sampled rows of the exact map. `greedy_cover` is the definition: again and again the line with the
 largest mass that no other line has covered. `vertical_slash_cover` sorts the lines by their mass once and takes the shortest
 prefix that covers enough, each cell counted for the first line that covers it. `attend_lines` then computes the kept cells only:
-for a chunk of queries it gathers the keys that any kept line touches.
+for a chunk of queries it gathers the keys that any kept line touches. On CUDA `qkv.kernels.lines` takes its place.
 
 Axes: H heads, P sampled rows, N queries, M keys, C queries of a chunk, L gathered keys, D head width, E value width.
 """
