@@ -60,6 +60,19 @@ def test_lines_are_dense_masked_softmax(shape: tuple[int, ...], share: float, dt
 
 
 @direct
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_that_lie_unevenly_are_copied(dtype: torch.dtype) -> None:
+    """Vectors of 16 channels that begin anywhere, 20 numbers apart."""
+    from qkv.kernels.lines import lines_attention
+
+    q, k, v, lines = draw((4, 2, 50, 70, 20, 20), 0.1)
+    apart = [x.to(dtype)[..., 1:17] for x in (q, k, v)]
+    even = [x.contiguous() for x in apart]
+    out, want = (lines_attention(*x, lines.vertical, lines.slash, scale=0.3) for x in (apart, even))
+    assert torch.equal(out, want) and out.isfinite().all()
+
+
+@direct
 def test_a_query_without_its_first_key_reads_the_lines_alone() -> None:
     """Key 0 is whoever calls' to name; the diagonal is always there."""
     from qkv.kernels.lines import lines_attention

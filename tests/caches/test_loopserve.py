@@ -9,11 +9,13 @@ from torch import Tensor
 import qkv
 from qkv.caches._stores.selective import SelectiveCache
 from qkv.caches.loopserve import LoopServe, reference
+from qkv.core import vertical_slash
 from qkv.core.attend import attend
 from qkv.core.cache import Geometry, Step
 from qkv.core.errors import InvalidInput, InvalidParameter
 from qkv.core.vertical_slash import (
     Lines,
+    VerticalSlash,
     attend_lines,
     greedy_cover,
     kept_share,
@@ -122,6 +124,15 @@ def test_known_minimal_covers(cover: object) -> None:
     assert not lines.slash.any() and lines.vertical[0].nonzero().flatten().tolist() == [3, 11]
     lines = cover(columns, position, 0.6)  # type: ignore[operator]
     assert lines.vertical[0].nonzero().flatten().tolist() == [11]
+
+
+@pytest.mark.parametrize("cells", [1, 2 * (H // G) * 21 * 90])  # a KV head at a time, and two of three
+def test_lines_of_few_heads_at_a_time_are_those_of_all(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, _ = (x[0] for x in draw(90))
+    prompt = VerticalSlash(0.6, 12, 0.1, "it")
+    want = prompt.lines(q, k, D**-0.5)
+    monkeypatch.setattr(vertical_slash, "CELLS", cells)
+    assert all(torch.equal(x, y) for x, y in zip(prompt.lines(q, k, D**-0.5), want, strict=True))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

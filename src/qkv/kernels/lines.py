@@ -117,7 +117,7 @@ def _first(named: Tensor) -> Tensor:
 def _even(x: Tensor) -> Tensor:
     """Itself where its vectors lie a multiple of 16 numbers apart, else such a copy, zeros behind widths that are no multiple.
 
-    Triton 3.6 gives wrong results for 16-bit values of 8 channels on an H200 (its interpreter and float32 are right).
+    16-bit values of 8 channels came out wrong on an H200 (Triton 3.6; right in its interpreter and in float32). Why is not known.
     """
     if x.shape[-1] % 16:
         return F.pad(x, (0, -x.shape[-1] % 16))
