@@ -201,6 +201,17 @@ def test_low_precision(gate: str, dtype: torch.dtype) -> None:
 @direct
 @pytest.mark.usefixtures("short", "rounded")
 @pytest.mark.parametrize("gate", ["bhn", "bhnd"])
+@pytest.mark.parametrize(
+    "widths", [(192, 16), (16, 192), *([(256, 256), (100, 20), (20, 100)] if CUDA else [])], ids=str
+)
+def test_heads_of_very_different_widths(widths: tuple[int, int], gate: str) -> None:
+    """In bfloat16, whose tiles may be swizzled in different ways (qkv.kernels.widths)."""
+    Case((1, 2, 1, 201 if CUDA else 20, *widths), gate, torch.bfloat16).agrees(3e-2)
+
+
+@direct
+@pytest.mark.usefixtures("short", "rounded")
+@pytest.mark.parametrize("gate", ["bhn", "bhnd"])
 def test_the_gradient_of_a_decay_keeps_its_bits(gate: str) -> None:
     """Over many chunks, in bfloat16, with a loss on the last state: as near as the other gradients. Sums of dG over the whole
     sequence were up to ten times further away, and further the longer it was."""

@@ -355,14 +355,15 @@ def test_packed_buffers_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("units", [8, 16])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_packed_decode_at_real_widths(bits: int, dtype: torch.dtype, units: int) -> None:
+@pytest.mark.parametrize(("d", "group"), [(128, 32), (8, 8)])
+def test_packed_decode_at_real_widths_and_narrow(d: int, group: int, bits: int, dtype: torch.dtype, units: int) -> None:
     """Low precision: the error against float64 is at most twice that of plain attention over the dequantised cache."""
     from qkv.core.attend import attend
     from qkv.kernels.packed import packed_decode
 
-    h, g, d, n = 8, 2, 128, 5000
+    h, g, n = 8, 2, 5000
     gen = torch.Generator().manual_seed(bits)
-    row = _fresh(h, g, d, d, (bits, bits), 32, 128)
+    row = _fresh(h, g, d, d, (bits, bits), group, 128)
     k, v = _draw(gen, (1, g, n, d), (1, g, n, d), dtype=dtype)
     q, new_k, new_v = _draw(gen, (1, h, 1, d), (1, g, 1, d), (1, g, 1, d), dtype=dtype)
     _absorb(row, torch.zeros(1, h, n, d), k, v)
@@ -373,7 +374,7 @@ def test_packed_decode_at_real_widths(bits: int, dtype: torch.dtype, units: int)
     rough = torch.nn.functional.scaled_dot_product_attention(*(x.to(dtype) for x in (q, keys, values)), enable_gqa=True)
     out, _ = packed_decode(
         *(x.to(dtype) for x in (q, new_k, new_v)), *_poisoned([row], n + 300, dtype), scale=d**-0.5,
-        length=torch.tensor([n + 1], dtype=torch.int32, device=DEVICE), k_bits=bits, v_bits=bits, group=32, residual=128,
+        length=torch.tensor([n + 1], dtype=torch.int32, device=DEVICE), k_bits=bits, v_bits=bits, group=group, residual=128,
         units=units,
     )  # fmt: skip
     assert (out.double() - want).norm() <= 2 * (rough.double() - want).norm()

@@ -53,6 +53,7 @@ from torch import Tensor
 
 from qkv.core.errors import InvalidInput, Refused
 from qkv.kernels.decode import interpreted
+from qkv.kernels.widths import alike
 
 WIDEST = 256
 CHUNK = 64
@@ -632,8 +633,16 @@ def _ceil(a: int, b: int) -> int:
 
 
 def _wide(width: int) -> int:
-    """Channels of a tile that holds `width`; at least 32: narrower ones read past their shared memory on Triton 3.6 (lab log)."""
+    """Channels of a tile that holds `width`, at least 32."""
     return max(32, 1 << (width - 1).bit_length())
+
+
+def _across(made: dict[str, int], kw: int, zw: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Channels (K, Z) of a program's tiles, `alike` but for "whole": what is loaded ahead has an address of its own."""
+    k, z = _wide(kw), min(_wide(zw), made["tile"])
+    if made is not LAUNCH["whole"]:
+        k, z = alike(k, z, size=2 if _arithmetic(dtype)[0] == tl.bfloat16 else 4)
+    return k, z
 
 
 def _settings(name: str, dtype: torch.dtype, width: int) -> dict[str, int]:
@@ -644,11 +653,16 @@ def _settings(name: str, dtype: torch.dtype, width: int) -> dict[str, int]:
     return made | {"tile": min(made["tile"], 32), "stages": 1, "warps": 8, "fill": 2}
 
 
-def _scanning(name: str, x: Tensor, kw: int, zw: int, pairs: int) -> dict[str, int]:
-    """Settings of a pass over `pairs` heads: narrow tiles where these fill the device with whole sequences, in one launch."""
-    made, whole, units = _settings(name, x.dtype, kw), LAUNCH["whole"], _units(x.device)
+def _scanning(name: str, read: tuple[Tensor, ...], kw: int, zw: int, pairs: int) -> dict[str, int]:
+    """Settings of a pass over `pairs` heads that reads these tensors: narrow tiles where these fill the device with whole
+    sequences, in one launch, and Triton loads ahead (vectors that begin at multiples of 16).
+    """
+    made, whole, units = _settings(name, read[0].dtype, kw), LAUNCH["whole"], _units(read[0].device)
     one = pairs * _ceil(zw, made["tile"]) < units <= pairs * _ceil(zw, whole["tile"])
-    return whole if one and made is LAUNCH[name] else made
+    if not one or made is not LAUNCH[name] or kw % 16 or zw % 16:
+        return made
+    even = all(x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in x.stride()[:3]) for x in read)
+    return whole if even else made
 
 
 def _shared(x: Tensor, heads: int) -> tuple[int, int, int, int]:
@@ -692,11 +706,11 @@ def _in_segments(
     rates, 1 where all channels share one; dtype: of the operands.
     """
     pairs, chunks, kw, zw = sizes
-    tile = min(_wide(zw), made["tile"])
+    across, tile = _across(made, kw, zw, dtype)
     tiles = _ceil(zw, tile)
     dot, precision = _arithmetic(dtype)
     how: dict[str, Any] = {
-        "DT": dot, "PRECISION": precision, "C": CHUNK, "K": _wide(kw), "Z": tile, "num_warps": made["warps"],
+        "DT": dot, "PRECISION": precision, "C": CHUNK, "K": across, "Z": tile, "num_warps": made["warps"],
         "num_stages": made["stages"],
     }  # fmt: skip
     segments, per = _segments(made["fill"], tiles * pairs, chunks, blank.device)
@@ -729,8 +743,8 @@ def _run_scan(
     b, n, kw, zw = x.shape[0], x.shape[2], x.shape[3], z.shape[3]
     name = "scan" if weigh is None else "weigh"
     pairs, chunks = b * heads, _ceil(n, CHUNK)
-    made = _scanning(name, x, kw, zw, pairs) if weigh is None else _settings(name, x.dtype, kw)
-    tiles = _ceil(zw, min(_wide(zw), made["tile"]))
+    made = _scanning(name, (x, y, z), kw, zw, pairs) if weigh is None else _settings(name, x.dtype, kw)
+    tiles = _ceil(zw, _across(made, kw, zw, x.dtype)[1])
     fresh = {"device": x.device, "dtype": torch.float32}
     out, end = x.new_empty(b, heads, n, zw, dtype=dtype), torch.empty(b, heads, kw, zw, **fresh)
     sums = end if weigh is None else torch.empty(tiles, pairs, n, **fresh)
@@ -766,7 +780,7 @@ def _run_sum(
     """`_scan_sum` over a sequence: out ``[B, H, N, Z]`` in `dtype` and the last state ``[B, H, K, Z]``."""
     b, heads, chunks, kw = last.shape
     n, zw, pairs = z.shape[2], z.shape[3], b * heads
-    made = _scanning("sum", z, kw, zw, pairs)
+    made = _scanning("sum", (z,), kw, zw, pairs)
     out = z.new_empty(b, heads, n, zw, dtype=dtype)
     end = torch.empty(b, heads, kw, zw, device=z.device, dtype=torch.float32)
 
@@ -939,13 +953,13 @@ def _owing(
     dot, precision = _arithmetic(q.dtype)
     owed_q, owed_k, slope = (torch.empty(b, h, n, d, dtype=torch.float32, device=q.device) for _ in range(3))
     own, width = torch.empty(b, h, n, dtype=torch.float32, device=q.device), _wide(v.shape[3])
-    tile = min(_wide(d), made["tile"])
+    across, tile = _across(made, min(64, width), d, q.dtype)
     for strong in (False, True):
         _owed[(chunks, b * h, _ceil(d, tile))](
             q, k, v, grad, total, owed_q, owed_k, own, slope, scale, h, n, d, v.shape[3], chunks * CHUNK,
             *q.stride()[:3], *_shared(k, h), *_shared(v, h), *grad.stride()[:3],
             STRONG=strong, LEVELS=CHUNK.bit_length() - 1, DT=dot, PRECISION=precision,
-            C=CHUNK, Z=tile, K=min(64, width), KP=width, num_warps=made["warps"], num_stages=made["stages"],
+            C=CHUNK, Z=tile, K=across, KP=width, num_warps=made["warps"], num_stages=made["stages"],
         )  # fmt: skip
     return owed_q, owed_k, slope, own
 

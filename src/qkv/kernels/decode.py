@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkv.core.errors import InvalidInput
+from qkv.kernels.widths import tiled
 
 LOG2E = 1.4426950408889634
 
@@ -241,7 +242,7 @@ def decode_attention(
     lse = torch.empty(b * g * splits * r, dtype=torch.float32, device=q.device)
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=q.device)
     out_lse = torch.empty(b, h, 1, dtype=torch.float32, device=q.device)
-    wide_d, wide_e = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e))
+    wide_d, wide_e = tiled(d, e, dtype=q.dtype)
     places = position if position is not None else length
     # With scores the compiler takes so many registers that two programs fit a multiprocessor; this cap makes it three.
     cap = {"maxnreg": 168} if scores is not None and warps == 4 and q.is_cuda and torch.version.hip is None else {}

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkv.core.errors import InvalidInput
+from qkv.kernels.widths import tiled
 
 LOG2E = tl.constexpr(1.4426950408889634)
 WIDEST = 256
@@ -305,7 +306,7 @@ def flash_attention(
     _check(q, k, v, causal)
     q, k, v = _rows(q), _rows(k), _rows(v)
     (b, h, n, d), (g, m), e = q.shape, k.shape[1:3], v.shape[3]
-    dp, ep = (max(16, triton.next_power_of_2(x)) for x in (d, e))
+    dp, ep = tiled(d, e, dtype=q.dtype)
     precision, bq, bk, how = _launch(q.dtype, max(dp, ep))
     named, share, strides = _named(mask, q, m)
     out, lse = q.new_empty(b, h, n, e), torch.empty(b, h, n, dtype=torch.float32, device=q.device)
@@ -355,7 +356,7 @@ def _mass(
 ) -> Tensor:
     """Masses ``[B, H, M]``; at: int32 ``[1|B, N]``, places of the queries, or None: the newest."""
     (b, h, n, d), (g, m) = q.shape, k.shape[1:3]
-    dp = max(16, triton.next_power_of_2(d))
+    (dp,) = tiled(d, dtype=q.dtype)
     precision, bk, bq, how = _launch(q.dtype, dp)
     named, share, strides = _named(mask, q, m)
     mass = torch.empty(b, h, m, dtype=torch.float32, device=q.device)
@@ -399,7 +400,7 @@ def probe_lse(
     at = _places(at, mask, q, k, "probe_lse")
     q, k = _rows(q), _rows(k)
     (b, h, n, d), (g, m) = q.shape, k.shape[1:3]
-    dp = max(16, triton.next_power_of_2(d))
+    (dp,) = tiled(d, dtype=q.dtype)
     precision, bq, bk, how = _launch(q.dtype, dp)
     tiles = triton.cdiv(n * (h // g), bq)
     if splits is None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qkv.core.errors import InvalidInput
 from qkv.kernels.decode import LOG2E, _merge
+from qkv.kernels.widths import tiled
 
 PART = 1024  # pages that one program chooses from at a glance; of longer rows it narrows the choice first
 WIDE = 16384  # what it narrows to at most; else the row is counted in parts
@@ -852,7 +853,7 @@ def gather_attention(
     lse = torch.empty(b * a * splits * r, dtype=torch.float32, device=q.device)
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=q.device)
     out_lse = torch.empty(b, h, 1, dtype=torch.float32, device=q.device)
-    wide_d, wide_e = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e))
+    wide_d, wide_e = tiled(d, e, dtype=q.dtype)
     _gather[(b * a, splits)](
         q, k, v, index, position, part, lse, scale * LOG2E, a, g, r, splits, count, d, e,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkv.core.errors import InvalidInput
+from qkv.kernels.widths import tiled
 
 LOG2E = tl.constexpr(1.4426950408889634)
 WIDEST = 256
@@ -114,17 +115,6 @@ def _first(named: Tensor) -> Tensor:
     return named.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices.to(torch.int32)
 
 
-def _even(x: Tensor) -> Tensor:
-    """Itself where its vectors lie a multiple of 16 numbers apart, else such a copy, zeros behind widths that are no multiple.
-
-    16-bit values of 8 channels came out wrong on an H200 (Triton 3.6; right in its interpreter and in float32). Why is not known.
-    """
-    if x.shape[-1] % 16:
-        return F.pad(x, (0, -x.shape[-1] % 16))
-    even = x.stride(-1) == 1 and all(step % 16 == 0 for step in x.stride()[:2]) and x.data_ptr() % 16 == 0
-    return x if even else x.clone(memory_format=torch.contiguous_format)
-
-
 def lines_attention(q: Tensor, k: Tensor, v: Tensor, vertical: Tensor, slash: Tensor, *, scale: float) -> Tensor:
     """Exact softmax attention over the cells on vertical and slash lines, causal: ``[H, N, E]``; no gradients.
 
@@ -133,10 +123,9 @@ def lines_attention(q: Tensor, k: Tensor, v: Tensor, vertical: Tensor, slash: Te
     `InvalidInput`.
     """
     _check(q, k, v, vertical, slash)
-    width = v.shape[2]
-    q, k, v = (_even(x) for x in (q, k, v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (h, n, d), (g, m), e = q.shape, k.shape[:2], v.shape[2]
-    dp, ep = (max(16, triton.next_power_of_2(x)) for x in (d, e))
+    dp, ep = tiled(d, e, dtype=q.dtype)
     small = q.dtype == torch.float32 or max(dp, ep) > 128
     c = 32 if small else 64
     ahead = (n - m) % c  # keys of the first tile that are none
@@ -156,4 +145,4 @@ def lines_attention(q: Tensor, k: Tensor, v: Tensor, vertical: Tensor, slash: Te
         DP=dp, EP=ep, C=c, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee",
         num_warps=4, num_stages=1 if small else 2,
     )  # fmt: skip
-    return out[..., :width]
+    return out

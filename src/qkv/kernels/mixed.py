@@ -26,6 +26,7 @@ from torch import Tensor
 from qkv.core.errors import InvalidInput
 from qkv.kernels.decode import LOG2E, _merge
 from qkv.kernels.packed import _fold, _fractions, _plain
+from qkv.kernels.widths import tiled
 
 
 @triton.jit
@@ -132,7 +133,7 @@ def mixed_decode(
     lse = torch.empty(b * g * splits * r, dtype=torch.float32, device=q.device)
     out = torch.empty(b, h, 1, e, dtype=torch.float32, device=q.device)
     out_lse = torch.empty(b, h, 1, dtype=torch.float32, device=q.device)
-    wide_d, wide_e = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e))
+    wide_d, wide_e = tiled(d, e, dtype=q.dtype)
     _mixed_split[(b * g, splits)](
         q, *held, blocks, part, lse, scale * LOG2E, g, r, splits, room, count, q.stride(0), q.stride(1),
         D=d, E=e, BITS=bits, ROWS=max(16, triton.next_power_of_2(r)), BLOCK=block, DP=wide_d, EP=wide_e, num_warps=warps,

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from qkv.core.errors import InvalidInput
 from qkv.kernels.decode import LOG2E, _merge, interpreted
+from qkv.kernels.widths import tiled
 
 
 @triton.jit
@@ -480,7 +481,7 @@ def packed_decode(
     part = torch.empty(b * g * splits * r * e, dtype=torch.float32, device=q.device)
     lse = torch.empty(b * g * splits * r, dtype=torch.float32, device=q.device)
     out, out_lse = q.new_empty(b, h, 1, e), torch.empty(b, h, 1, dtype=torch.float32, device=q.device)
-    wide_d, wide_e = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e))
+    wide_d, wide_e = tiled(d, e, dtype=q.dtype)
     _packed_split[(b * g, splits)](
         q, k, v, *shelves, key_tail, value_tail, length, start if start is not None else length, part, lse,
         scale * LOG2E, g, r, splits, rests, residual, key_codes.shape[2], value_codes.shape[2], key_tail.shape[2],

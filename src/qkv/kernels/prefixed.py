@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qkv.core.errors import InvalidInput
 from qkv.kernels.decode import LOG2E, _span
+from qkv.kernels.widths import tiled
 
 _FIELDS = 8  # of an item: addresses of keys and values, capacity, begin, end, first and last reader, which split it is
 
@@ -295,7 +296,7 @@ def prefixed_decode(
     part = torch.empty(b * h * most * e, dtype=torch.float32, device=q.device)
     lse = torch.empty(b * h * most, dtype=torch.float32, device=q.device)
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=q.device)
-    wide_d, wide_e = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(e))
+    wide_d, wide_e = tiled(d, e, dtype=q.dtype)
     _parts[(shared + b * g * splits,)](
         q, keys, values, table if place is None else place, table if cursor is None else cursor,
         table, work.readers, part, lse, scale * LOG2E, width, shared, most, g, r, splits, d, e,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkv.core.errors import InvalidInput
+from qkv.kernels.widths import tiled
 
 LOG2E = 1.4426950408889634
 
@@ -174,7 +175,7 @@ def ragged_decode(
     lse = torch.empty(count * r, dtype=torch.float32, device=q.device)
     out = torch.empty(b, h, 1, e, dtype=q.dtype, device=q.device)
     out_lse = torch.empty(b * h, dtype=torch.float32, device=q.device)
-    wide_d, wide_e, rows = (max(16, triton.next_power_of_2(x)) for x in (d, e, r))
+    (wide_d, wide_e), rows = tiled(d, e, dtype=q.dtype), max(16, triton.next_power_of_2(r))
     _tile[(count,)](
         q, keys, values, position, base, pair, low, high, part, lse, scale * LOG2E, r, s, d, e,
         ROWS=rows, BLOCK=block, DP=wide_d, EP=wide_e, num_warps=4,
