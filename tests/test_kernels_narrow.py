@@ -33,10 +33,10 @@ def test_the_kernels_are_checked_through_the_interpreter() -> None:
 
 
 class Case:
-    """q, k, v in a 16-bit type; ``between`` of some heads lie between tokens, as models give them."""
+    """Draws in a 16-bit type for two key/value heads; ``between``: heads lie between tokens, as models give them."""
 
-    def __init__(self, dtype: torch.dtype, d: int, e: int) -> None:
-        self.dtype, self.d, self.e = dtype, d, e
+    def __init__(self, dtype: torch.dtype, d: int, e: int, heads: int = 4) -> None:
+        self.dtype, self.d, self.e, self.heads = dtype, d, e, heads
         self.draw = torch.Generator().manual_seed(d + e)
 
     def __call__(self, *shape: int) -> Tensor:
@@ -52,7 +52,7 @@ class Case:
 def decode(case: Case) -> Pairs:
     from qkv.kernels.decode import decode_attention, key_mass
 
-    q, k, v = case(2, 4, 1, case.d), case(2, 2, 150, case.d), case(2, 2, 150, case.e)
+    q, k, v = case(2, case.heads, 1, case.d), case(2, 2, 150, case.d), case(2, 2, 150, case.e)
     want = attend(q.double(), k.double(), v.double(), scale=0.3, mass=True)
     out, lse = decode_attention(q, k, v, length=case.integers(150), scale=0.3)
     assert want.mass is not None
@@ -74,7 +74,7 @@ def flash(case: Case) -> Pairs:
 def gather(case: Case) -> Pairs:
     from qkv.kernels.gather import gather_attention
 
-    q, k, v = case(1, 4, 1, case.d), case(1, 2, 160, case.d), case(1, 2, 160, case.e)
+    q, k, v = case(1, case.heads, 1, case.d), case(1, 2, 160, case.d), case(1, 2, 160, case.e)
     pairs = []
     for block in (1, 4):
         index = torch.stack([torch.randperm(160 // block, generator=case.draw)[:19] for _ in range(2)])
@@ -90,9 +90,9 @@ def gather(case: Case) -> Pairs:
 def prefixed(case: Case) -> Pairs:
     from qkv.kernels.prefixed import prefixed_decode, work_list
 
-    q, k, v = case(2, 4, 1, case.d), case(2, 2, 40, case.d), case(2, 2, 40, case.e)
+    q, k, v = case(2, case.heads, 1, case.d), case(2, 2, 40, case.d), case(2, 2, 40, case.e)
     shared = case(1, 2, 130, case.d), case(1, 2, 130, case.e)
-    work = work_list([(*shared, 130, (0, 1))], 2, 4, 2, dtype=q.dtype, device=q.device)
+    work = work_list([(*shared, 130, (0, 1))], 2, case.heads, 2, dtype=q.dtype, device=q.device)
     both = (torch.cat((x.expand(2, -1, -1, -1), y), 2).double() for x, y in zip(shared, (k, v), strict=True))
     out = prefixed_decode(q, k, v, None, work, width=40, scale=0.3)
     return [(out, attend(q.double(), *both, scale=0.3).out)]
@@ -101,12 +101,13 @@ def prefixed(case: Case) -> Pairs:
 def ragged(case: Case) -> Pairs:
     from qkv.kernels.ragged import ragged_decode, work_list
 
-    q, k, v = case(1, 4, 1, case.d), case(230, case.d), case(230, case.e)
+    q, k, v = case(1, case.heads, 1, case.d), case(230, case.d), case(230, case.e)
     position = torch.arange(130, dtype=torch.int32, device=DEVICE).expand(1, 2, -1).clone()
     position[0, 1, 100:] = -1
     base = torch.tensor([[0, 130]], device=DEVICE)
     out, _ = ragged_decode(q, k, v, position, base, work_list([[130, 100]], q.device), scale=0.3)
-    parts = [(q[:, :2], k[:130], v[:130]), (q[:, 2:], k[130:], v[130:])]
+    first, last = q.chunk(2, 1)
+    parts = [(first, k[:130], v[:130]), (last, k[130:], v[130:])]
     want = [attend(x.double(), y[None, None].double(), z[None, None].double(), scale=0.3).out for x, y, z in parts]
     return [(out, torch.cat(want, 1))]
 
@@ -137,7 +138,8 @@ def decayed(case: Case) -> Pairs:
     return pairs
 
 
-KERNELS: list[Callable[[Case], Pairs]] = [decode, flash, gather, prefixed, ragged, lines, decayed]
+STEPS: list[Callable[[Case], Pairs]] = [decode, gather, prefixed, ragged]
+KERNELS = [*STEPS, flash, lines, decayed]
 
 
 def test_tiles_of_one_call_are_swizzled_alike() -> None:
@@ -159,7 +161,21 @@ def test_tiles_of_one_call_are_swizzled_alike() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.__name__)
 def test_few_channels(kernel: Callable[[Case], Pairs], dtype: torch.dtype, widths: tuple[int, int]) -> None:
+    check(kernel, Case(dtype, *widths))
+
+
+@pytest.mark.skipif(not CUDA, reason="tiles of 64 rows are multiplied otherwise on a device alone")
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", STEPS, ids=lambda k: k.__name__)
+def test_few_channels_of_many_heads(
+    kernel: Callable[[Case], Pairs], dtype: torch.dtype, widths: tuple[int, int]
+) -> None:
+    check(kernel, Case(dtype, *widths, heads=128))
+
+
+def check(kernel: Callable[[Case], Pairs], case: Case) -> None:
     """Errors relative to the norm are a rounding's: 16-bit outputs, sums in float32."""
-    for out, want in kernel(Case(dtype, *widths)):
+    for out, want in kernel(case):
         error = ((out.double() - want).norm() / want.norm()).item()
-        assert error < (2e-3 if dtype == torch.float16 else 1.2e-2), error  # NaN is no smaller
+        assert error < (2e-3 if case.dtype == torch.float16 else 1.2e-2), error  # NaN is no smaller
