@@ -444,7 +444,8 @@ def read_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if sha256_of(target) != facts.get("sha256"):
             raise SavedDataError(f"{target} is damaged: its checksum differs from the manifest's")
         try:
-            tensors |= load_file(target)
+            # Copied: as mapped they would change with the file, and lie at addresses where products may round otherwise.
+            tensors |= {key: x.clone() for key, x in load_file(target).items()}
         except SafetensorError as error:
             raise SavedDataError(f"{target} is not a safetensors file: {error}") from error
     return manifest, tensors
