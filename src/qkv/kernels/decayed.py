@@ -646,7 +646,7 @@ def _across(made: dict[str, int], kw: int, zw: int, dtype: torch.dtype) -> tuple
 
 
 def _settings(name: str, dtype: torch.dtype, width: int) -> dict[str, int]:
-    """Launch settings; operands of 32 bits, wide heads (shared memory) and narrow ones (`_wide`) take tiles of 32, 8 warps."""
+    """Launch settings; operands of 32 bits, wide heads (shared memory) and narrow ones ask for tiles of 32, with 8 warps."""
     made = LAUNCH[name]
     if dtype == torch.bfloat16 and 32 < width <= 128:
         return made
