@@ -1,7 +1,8 @@
 """Writes the method pages from the specifications and the recorded results, and the pages and figures of kept measurements.
 
     python docs/generate.py            write docs/methods/*.md, docs/{benchmarks,operators,gpu,cpu}.md, docs/figures/*.svg,
-                                       the guide to adding a method, the table in README.md, the navigation in mkdocs.yml
+                                       the guide to adding a method, the table in README.md, the navigation in mkdocs.yml,
+                                       what `qkv show` says was measured (src/qkv/measured.json)
     python docs/generate.py --check    change nothing; exit 1 and name the pages that are out of date
 
 A method's page is a function of its file and of benchmarks/results/real/<id>.json, a table of the result files below
@@ -179,6 +180,8 @@ def texts() -> dict[Path, str]:
     if README_RUN in runs and readme.is_file():
         table = "\n".join(_runs.tables(runs[README_RUN]))
         out[readme] = _between(readme, "<!-- bench:begin -->", "<!-- bench:end -->", f"\n\n{table}\n\n")
+    if (ROOT / "src" / "qkv").is_dir():
+        out[ROOT / "src" / "qkv" / "measured.json"] = _measured()
     site = ROOT / "mkdocs.yml"
     if site.is_file():
         out[site] = _between(site, "      # methods:begin", "      # methods:end", f"\n{_navigation()}\n")
@@ -195,6 +198,17 @@ def _measurements(root: Path) -> tuple[dict[str, str], dict[str, str], dict[str,
     cpu, stream = _cpu.page(results, _note("benchmarks/results/*_cpu.json and stream.json"))
     pages = {"benchmarks.md": bench, "operators.md": operators, "gpu.md": gpu, "cpu.md": cpu}
     return pages, figures | more | stream | bars, runs
+
+
+def _measured() -> str:
+    """For `qkv show`: method -> what its record says, when, where, and the command that made it."""
+    out = {}
+    for id, found in sorted(read_records(ROOT / "benchmarks" / "results" / "real").items()):
+        machine = found["machine"]
+        where = ", ".join(g["name"] for g in machine.get("gpus") or ()) or machine["cpu"]
+        said = verdicts().get(id) or found["claim"]
+        out[id] = {"said": said, "date": found["date"], "machine": where, "command": found["command"]}
+    return json.dumps(out, indent=1, ensure_ascii=False) + "\n"
 
 
 def _between(path: Path, begin: str, end: str, text: str) -> str:

@@ -197,6 +197,8 @@ def test_show_explains_every_method(qkv_command, name):
     assert code == 0 and spec.paper in out and all(p.name in out for p in spec.parameters)
     code, out, _ = qkv_command("show", name, "--json")
     assert code == 0 and json.loads(out)["id"] == name
+    recorded = (Path(__file__).parents[1] / "benchmarks" / "results" / "real" / f"{name}.json").is_file()
+    assert recorded == bool(json.loads(out)["measured"])
 
 
 def test_verify_says_what_is_kept_and_what_is_broken(qkv_command, tmp_path):

@@ -86,7 +86,9 @@ def test_images_are_learnt(command: Any, tmp_path: Any, monkeypatch: Any) -> Non
     assert 0 <= json.loads(out)["scores"]["trained"]["accuracy"] <= 1
     assert ViT.from_pretrained("vit/model").config.grid == (4, 4)
     code, _, err = command("generate", "vit/model", "--prompt", "x")
-    assert code == 2 and "not a whole model" in err
+    assert code == 2 and "holds a vit of qkv's own" in err
+    code, _, err = command("generate", "vit", "--prompt", "x")
+    assert code == 2 and "its model lies below: give vit/model" in err
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from qkv.bench.packages import (
 from qkv.core.errors import AssetError, InvalidInput, InvalidParameter, MissingDependency, StorageError, UnknownName
 from qkv.core.files import sha256_of, storage
 from qkv.core.spec import near
+from qkv.models import saved_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,9 +96,14 @@ def resolve_model(
         return smollm2(dtype, device)
     wanted, path = _dtype(dtype), Path(name).expanduser()
     if name and path.is_dir():
+        if kind := saved_kind(path):
+            raise InvalidInput(f"{path} holds a {kind} of qkv's own, which is no transformers model; `qkv generate` takes a "
+                               "causal-lm, and its class reads it: from_pretrained in qkv.models")  # fmt: skip
         if (path / "qkv.json").is_file() and not (path / "config.json").is_file():
             raise InvalidInput(f"{path} was written by qkv.save: it holds what methods changed, not a whole model; load it "
                                "with qkv.load, or give the base model here")  # fmt: skip
+        if not (path / "config.json").is_file() and (path / "model").is_dir():
+            raise InvalidInput(f"{path} is the folder of a run, and its model lies below: give {path / 'model'}")
         if not (path / "config.json").is_file():
             raise InvalidInput(f"{path} has no config.json, so it is not a saved model; give a folder that "
                                "`save_pretrained` wrote, a hub id, or smollm2")  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+from json import loads
 from typing import Annotated, Any
 
 import typer
@@ -30,18 +32,24 @@ def command(
     ],
     json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Explain one method: what it does, its settings with their ranges, its limits. A FILE.py is executed."""
+    """Explain one method: what it does, its settings, its limits, what was measured. A FILE.py is executed."""
     from qkv.core import registry
 
     file = id.endswith(".py")
     spec = (registry.load_file(id) if file else registry.config_class(id)).spec
+    found = None if file else measured().get(spec.id)
     if json:
-        print_json(spec.to_dict())
+        print_json(spec.to_dict() | {"measured": found})
         return
-    _print(spec, id if file else None)
+    _print(spec, found, id if file else None)
 
 
-def _print(spec: Any, file: str | None = None) -> None:
+def measured() -> dict[str, dict[str, str]]:
+    """Method -> what was measured on real input, written from the records by docs/generate.py."""
+    return loads(files("qkv").joinpath("measured.json").read_text(encoding="utf-8"))
+
+
+def _print(spec: Any, found: dict[str, str] | None, file: str | None = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -51,6 +59,7 @@ def _print(spec: Any, file: str | None = None) -> None:
     facts = [
         ("", spec.summary),
         ("Expected on real input", spec.shown),
+        (f"Measured on {found['date']}, {found['machine']}" if found else "", found["said"] if found else ""),
         ("Its limit", spec.honest),
         *(("Equals " + x.equals, x.says or str(dict(x.parameters))) for x in spec.limits),
         *(("Deviates from " + x.law, x.reason) for x in spec.deviations),
