@@ -96,6 +96,10 @@ def pages() -> dict[str, str]:
     unknown = set(measured) - {s.id for s in specs}
     if unknown:
         raise SystemExit(f"results of methods that do not exist: {', '.join(sorted(unknown))}")
+    if silent := set(measured) - set(verdicts()):
+        raise SystemExit(
+            f"benchmarks/results/verdicts.json does not say what was measured: {', '.join(sorted(silent))}"
+        )
     also = _elsewhere({"softmax": "full"} | _aliases())
     return {"index.md": _index(specs, measured)} | {
         f"{s.id}.md": _page(s, measured.get(s.id), also.get(s.id, ())) for s in specs
@@ -159,7 +163,7 @@ def _page(spec: Spec, result: dict[str, Any] | None, also: Sequence[tuple[str, s
     out += ["## On real input", ""]
     if spec.shown:
         out += [f"Expected: {_linked(_prose(spec.shown), spec.id)}", ""]
-    out += _result(result, verdicts().get(spec.id)) if result else ["No figure of its own is recorded.", ""]
+    out += _result(result, verdicts()[spec.id]) if result else ["No figure of its own is recorded.", ""]
     if also:
         out += [f"Also measured: {', '.join(f'[{title}](../{page})' for page, title in also)}.", ""]
     if spec.honest:
@@ -206,8 +210,7 @@ def _measured() -> str:
     for id, found in sorted(read_records(ROOT / "benchmarks" / "results" / "real").items()):
         machine = found["machine"]
         where = ", ".join(g["name"] for g in machine.get("gpus") or ()) or machine["cpu"]
-        said = verdicts().get(id) or found["claim"]
-        out[id] = {"said": said, "date": found["date"], "machine": where, "command": found["command"]}
+        out[id] = {"said": verdicts()[id], "date": found["date"], "machine": where, "command": found["command"]}
     return json.dumps(out, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -366,13 +369,13 @@ def _deviations(spec: Spec) -> list[str]:
 
 
 def verdicts() -> dict[str, str]:
-    """Method -> what its figures say, written by whoever looked at them, where that is not what was expected."""
+    """Method -> what its figures say, written by whoever looked at them."""
     path = ROOT / "benchmarks" / "results" / "verdicts.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _result(r: dict[str, Any], verdict: str | None) -> list[str]:
-    out = [f"Measured: {_prose(verdict or r['claim'])}", "", "| figure | value | note |", "|---|---|---|"]
+def _result(r: dict[str, Any], verdict: str) -> list[str]:
+    out = [f"Measured: {_prose(verdict)}", "", "| figure | value | note |", "|---|---|---|"]
     out += [
         f"| {_cell(f['name'])} | {_number(f['value'])} {_cell(f['unit'])} | {_cell(f['note'])} |" for f in r["figures"]
     ]

@@ -56,9 +56,12 @@ def test_a_recorded_figure_reaches_the_page(generate, tmp_path, monkeypatch):
     record("full", claim="is <exact>", figures=[Figure("KL | max", 0.123456, "nats", "a|b"), Figure("runs", 3)],
            command="qkv bench smollm2", seed=5, table=[{"bits": 2, "KL": 0.5}, {"bits": 4, "KL": 1e-7}],
            folder=tmp_path / "benchmarks" / "results" / "real")  # fmt: skip
+    with pytest.raises(SystemExit, match=r"does not say what was measured: full"):
+        generate.pages()
+    (tmp_path / "benchmarks" / "results" / "verdicts.json").write_text('{"full": "was <exact>"}')
     page = generate.pages()["full.md"]
     for line in ("| KL \\| max | 0.1235 nats | a\\|b |", "| runs | 3  |  |", "| bits | KL |", "| 4 | 1e-07 |",
-                 "Measured: is &lt;exact>", "qkv bench smollm2"):  # fmt: skip
+                 "Measured: was &lt;exact>", "qkv bench smollm2"):  # fmt: skip
         assert line in page
     assert "seed 5" in page and torch.__version__ in page
     assert "✓" in generate.pages()["index.md"]
