@@ -61,7 +61,7 @@ def test_lines_are_dense_masked_softmax(shape: tuple[int, ...], share: float, dt
 
 @direct
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensors_that_lie_unevenly_are_copied(dtype: torch.dtype) -> None:
+def test_tensors_that_lie_unevenly_are_read_as_even_ones(dtype: torch.dtype) -> None:
     """Vectors of 16 channels that begin anywhere, 20 numbers apart."""
     from qkv.kernels.lines import lines_attention
 
